@@ -303,7 +303,9 @@ export async function recvAll(
   sock: { recv(maxLength: number): Promise<Uint8Array> },
   length: number,
 ): Promise<Buffer> {
-  if (!Number.isInteger(length)) throw new RangeError(`a message of ${length} octets`);
+  if (!Number.isInteger(length) || length < 0) {
+    throw new RangeError(`recvAll takes 0 octets or more, not ${length}`);
+  }
   const data = Buffer.alloc(length);
   let received = 0;
   while (received < length) {
