@@ -38,16 +38,16 @@ function loopback(): string {
 
 /** The other end of a connection, played by the test. */
 class Peer {
-  received = Buffer.alloc(0);
   /** How the stream ended: with a FIN, or with a reset. */
   readonly ended = Promise.withResolvers<"end" | "reset">();
   readonly closed = Promise.withResolvers<"end" | "reset">();
   private changed = Promise.withResolvers<void>();
+  private readonly pieces: Buffer[] = [];
   private unsent = Buffer.alloc(0);
 
   static readonly handlers = {
     data: ({ data: peer }: Socket<Peer>, octets: Buffer) => {
-      peer.received = Buffer.concat([peer.received, octets]);
+      peer.pieces.push(octets);
       peer.wake();
     },
     drain: ({ data: peer }: Socket<Peer>) => peer.flush(),
@@ -73,6 +73,10 @@ class Peer {
 
   get name(): string {
     return `('${this.socket.localAddress}', ${this.socket.localPort})`;
+  }
+
+  get received(): Buffer {
+    return Buffer.concat(this.pieces);
   }
 
   send(octets: Buffer | string): void {
