@@ -182,6 +182,7 @@ export class Connection {
   }
 
   private ended(error?: Error): void {
+    if (this.closed) return;
     if (error && !this.atEnd) this.error = error;
     else this.atEnd = true;
     this.read();
@@ -224,9 +225,9 @@ export class Connection {
   }
 
   private take(maxLength: number): Buffer {
-    const octets = this.unread.subarray(0, maxLength);
-    this.unread = this.unread.subarray(maxLength);
-    return octets;
+    const octets = this.unread;
+    this.unread = octets.length > maxLength ? octets.subarray(maxLength) : NOTHING;
+    return octets.length > maxLength ? octets.subarray(0, maxLength) : octets;
   }
 
   private startTimer(): void {
