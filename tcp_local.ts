@@ -24,6 +24,9 @@ const LINGER = 4;
 /** Seconds from one step of Bun's socket timers to the next: the first may be about to come. */
 const TICK = 4;
 
+/** The longest delay that `setTimeout` takes, in milliseconds. */
+const MAX_DELAY = 2 ** 31 - 1;
+
 const NOTHING = Buffer.alloc(0);
 
 /** What went wrong, in the words of strerror(3), for codes that Bun gives none or others to. */
@@ -147,7 +150,7 @@ export class Connection {
     }
   }
 
-  /** Closes the connection. What was sent still arrives; what was not read is lost. */
+  /** Closes the connection. What was sent still goes out; what was not read is lost. */
   close(): void {
     if (this.closed) return;
     this.closed = true;
@@ -242,7 +245,10 @@ export class Connection {
 export async function connect(host: string, port = PORT, timeout = TIMEOUT): Promise<Connection> {
   const hostname = IPV4_ADDRESS.test(host) ? host : await getaddrinfo(host);
   const { promise, resolve, reject } = Promise.withResolvers<Connection | undefined>();
-  const timer = setTimeout(() => reject(socketError("ETIMEDOUT")), timeout * 1000);
+  const timer = setTimeout(
+    () => reject(socketError("ETIMEDOUT")),
+    Math.min(timeout * 1000, MAX_DELAY),
+  );
   try {
     Bun.connect<Connection | undefined>({
       hostname,
