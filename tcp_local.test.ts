@@ -881,6 +881,17 @@ describe("the command line", () => {
     expect([second.status, second.out, program.err]).toEqual([1, "", ""]);
   });
 
+  test("the script in the README has an exchange", async () => {
+    const host = loopback();
+    await using _ = await new Program("server", host).listening();
+    const readme = await Bun.file(`${import.meta.dir}/README.md`).text();
+    const script = /```ts\n([^`]+)```/.exec(readme)?.[1].replace("127.0.0.1", host);
+    const { stdout, stderr } = Bun.spawnSync([process.execPath, "-e", `${script}`], {
+      cwd: import.meta.dir,
+    });
+    expect(`${stdout}${stderr}`).toBe("Farewell, client\n");
+  });
+
   test.each(["SIGINT", "SIGTERM"] as const)(
     "%s ends a server at once and quietly, and it starts again",
     async (signal) => {
