@@ -199,12 +199,12 @@ export class Connection {
   private timedOut(): void {
     if (this.closed) {
       this.socket.end();
-      return;
+    } else {
+      const error = socketError("ETIMEDOUT");
+      this.reader?.reject(error);
+      this.reader = undefined;
+      this.writer?.reject(error);
     }
-    const error = socketError("ETIMEDOUT");
-    this.reader?.reject(error);
-    this.reader = undefined;
-    this.writer?.reject(error);
   }
 
   /** Settles the pending `recv`, if there is one, with what there is by now. */
@@ -353,7 +353,6 @@ export async function server(
       hostname,
       port,
       allowHalfOpen: true,
-      data: undefined,
       socket: {
         ...Connection.handlers,
         open(socket) {
