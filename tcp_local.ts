@@ -21,15 +21,12 @@ const TIMEOUT = 60;
 /** Seconds that a closed connection goes on taking what its peer still sends. */
 const LINGER = 4;
 
-/** Seconds from one step of Bun's socket timers to the next: the first may be about to come. */
-const TICK = 4;
-
-/** The longest delay that `setTimeout` takes, in milliseconds. */
-const MAX_DELAY = 2 ** 31 - 1;
+/** Octets that TCP sends at once, before it hears from the peer (RFC 6928). */
+const INITIAL_WINDOW = 14_600;
 
 const NOTHING = Buffer.alloc(0);
 
-/** What went wrong, in the words of strerror(3), for codes that Bun gives none or others to. */
+/** What went wrong, for the codes that Bun has no words for, or others. */
 const WORDS: Record<string, string> = {
   DNS_EBADFAMILY: "address family for hostname not supported",
   DNS_ENOTFOUND: "name or service not known",
@@ -48,12 +45,21 @@ function socketError(code: string): Error {
   return Object.assign(new Error(WORDS[code]), { code });
 }
 
+function inWords(error: Error): string {
+  return ("code" in error && WORDS[String(error.code)]) || error.message;
+}
+
 /** Returns `error` with a message that says what happened to `subject`, in words. */
 function explain(error: unknown, subject: unknown): Error {
   if (!(error instanceof Error)) return new Error(`${subject}: ${error}`);
-  const words = "code" in error ? WORDS[String(error.code)] : undefined;
-  error.message = `${subject}: ${words ?? error.message}`;
+  error.message = `${subject}: ${inWords(error)}`;
   return error;
+}
+
+/** Rejects with `timed out` after `seconds`, unless the timer that this returns is cleared before. */
+function rejectAfter(seconds: number, reject: (error: Error) => void): Timer {
+  const longest = 2 ** 31 - 1; // for setTimeout, in milliseconds
+  return setTimeout(() => reject(socketError("ETIMEDOUT")), Math.min(seconds * 1000, longest));
 }
 
 /** The name of one end of a connection; as a string, the tuple that Python prints. */
@@ -72,8 +78,8 @@ class SocketName {
  * A TCP connection with the face of a blocking socket: `await` it where Python blocks.
  *
  * Every wait for the peer is bounded, as by Python's `settimeout`: it rejects with `timed out`
- * (`ETIMEDOUT`) when `timeout` seconds, and up to 4 more, went by without an octet. If the connection
- * breaks, it rejects with the error of the socket, such as `ECONNRESET`; once it is closed, with `EBADF`.
+ * (`ETIMEDOUT`) when `timeout` seconds went by without an octet. If the connection breaks, it rejects
+ * with the error of the socket, such as `ECONNRESET`; once it is closed, with `EBADF`.
  */
 export class Connection {
   /** One set for the sockets of `connect` and of `server`, whose state is in `socket.data`. */
@@ -82,7 +88,6 @@ export class Connection {
     drain: (socket) => socket.data?.drained(),
     end: (socket) => socket.data?.ended(),
     close: (socket, error) => socket.data?.ended(error),
-    timeout: (socket) => socket.data?.timedOut(),
   };
 
   /** Gives an open socket its connection, unless its peer has reset it already. */
@@ -95,7 +100,12 @@ export class Connection {
   }
 
   private unread: Buffer = NOTHING;
-  private reader?: { maxLength: number; resolve(octets: Buffer): void; reject(error: Error): void };
+  private reader?: {
+    maxLength: number;
+    resolve(octets: Buffer): void;
+    reject(error: Error): void;
+    timer?: Timer;
+  };
   private writer?: PromiseWithResolvers<void>;
   private atEnd = false;
   private error?: Error;
@@ -141,11 +151,12 @@ export class Connection {
       if (sent < 0) throw this.error ?? socketError("ECONNRESET");
       unsent = (typeof unsent === "string" ? Buffer.from(unsent) : unsent).subarray(sent);
       this.writer = Promise.withResolvers();
-      this.startTimer();
+      const timer = rejectAfter(this.timeout, this.writer.reject);
       try {
         await this.writer.promise;
       } finally {
         this.writer = undefined;
+        clearTimeout(timer);
       }
     }
   }
@@ -155,7 +166,8 @@ export class Connection {
     if (this.closed) return;
     this.closed = true;
     this.socket.shutdown();
-    if (this.unread.length > 0 && !this.atEnd) this.linger();
+    const unsettled = this.unread.length > 0 || this.socket.bytesWritten > INITIAL_WINDOW;
+    if (unsettled && !this.atEnd) this.linger();
     else this.socket.end();
     this.unread = NOTHING;
     this.read();
@@ -164,12 +176,11 @@ export class Connection {
 
   /**
    * Discards what still comes, until the peer closes too. To close a socket with octets unread is to
-   * reset the connection, and a reset can overtake what was sent on its way to the peer.
+   * reset the connection, which drops what the kernel has not sent, and can overtake what it has.
    */
   private linger(): void {
     this.socket.resume();
-    this.socket.timeout(LINGER + TICK);
-    this.socket.unref();
+    setTimeout(() => this.socket.end(), LINGER * 1000).unref();
   }
 
   private received(octets: Buffer): void {
@@ -185,26 +196,18 @@ export class Connection {
   }
 
   private ended(error?: Error): void {
-    if (this.closed) return;
-    if (error && !this.atEnd) this.error = error;
-    else this.atEnd = true;
+    if (error && !this.atEnd) {
+      error.message = inWords(error);
+      this.error = error;
+    } else {
+      this.atEnd = true;
+    }
     this.read();
     this.writer?.resolve();
   }
 
   private drained(): void {
     this.writer?.resolve();
-  }
-
-  private timedOut(): void {
-    if (this.closed) {
-      this.socket.end();
-    } else {
-      const error = socketError("ETIMEDOUT");
-      this.reader?.reject(error);
-      this.reader = undefined;
-      this.writer?.reject(error);
-    }
   }
 
   /** Settles the pending `recv`, if there is one, with what there is by now. */
@@ -221,10 +224,14 @@ export class Connection {
       reader.resolve(NOTHING);
     } else {
       this.socket.resume();
-      this.startTimer();
+      reader.timer = rejectAfter(this.timeout, (error) => {
+        this.reader = undefined;
+        reader.reject(error);
+      });
       return;
     }
     this.reader = undefined;
+    clearTimeout(reader.timer);
   }
 
   private take(maxLength: number): Buffer {
@@ -232,23 +239,17 @@ export class Connection {
     this.unread = octets.length > maxLength ? octets.subarray(maxLength) : NOTHING;
     return octets.length > maxLength ? octets.subarray(0, maxLength) : octets;
   }
-
-  private startTimer(): void {
-    this.socket.timeout(Math.ceil(this.timeout) + TICK);
-  }
 }
 
 /**
  * Connects to a TCP server, as Python's `socket.create_connection` does, but over IPv4 only.
- * Rejects if the name does not resolve, or no connection is made within `timeout` seconds.
+ * Rejects if the name does not resolve, or if no connection is made within `timeout` seconds, though
+ * Bun knows no way to stop trying: the process may live on until the kernel gives up.
  */
 export async function connect(host: string, port = PORT, timeout = TIMEOUT): Promise<Connection> {
   const hostname = IPV4_ADDRESS.test(host) ? host : await getaddrinfo(host);
   const { promise, resolve, reject } = Promise.withResolvers<Connection | undefined>();
-  const timer = setTimeout(
-    () => reject(socketError("ETIMEDOUT")),
-    Math.min(timeout * 1000, MAX_DELAY),
-  );
+  const timer = rejectAfter(timeout, reject);
   try {
     Bun.connect<Connection | undefined>({
       hostname,
@@ -273,7 +274,7 @@ export async function connect(host: string, port = PORT, timeout = TIMEOUT): Pro
   }
 }
 
-/** Needs no look-up. */
+/** A literal address, which needs no look-up. */
 const IPV4_ADDRESS = /^(?:(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)(?:\.(?!$)|$)){4}$/;
 
 /** The first IPv4 address of `host`, as getaddrinfo(3) finds it; '' is every interface, as in Python. */
