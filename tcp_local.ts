@@ -56,10 +56,9 @@ function explain(error: unknown, subject: unknown): Error {
   return error;
 }
 
-/** Rejects with `timed out` after `seconds`, unless the timer that this returns is cleared before. */
-function rejectAfter(seconds: number, reject: (error: Error) => void): Timer {
-  const longest = 2 ** 31 - 1; // for setTimeout, in milliseconds
-  return setTimeout(() => reject(socketError("ETIMEDOUT")), Math.min(seconds * 1000, longest));
+/** `seconds` in milliseconds, as far as `setTimeout` takes them. */
+function toDelay(seconds: number): number {
+  return Math.min(seconds * 1000, 2 ** 31 - 1);
 }
 
 /** The name of one end of a connection; as a string, the tuple that Python prints. */
@@ -96,7 +95,7 @@ export class Connection {
     const peername = new SocketName(socket.remoteAddress, socket.remotePort);
     // From a reset on, which can come at any time, these are undefined, whatever the types say.
     if (peername.port === undefined) return undefined;
-    return (socket.data = new Connection(socket, timeout, sockname, peername));
+    return (socket.data = new Connection(socket, toDelay(timeout), sockname, peername));
   }
 
   private unread: Buffer = NOTHING;
@@ -107,13 +106,14 @@ export class Connection {
     timer?: Timer;
   };
   private writer?: PromiseWithResolvers<void>;
+  private sent = 0;
   private atEnd = false;
   private error?: Error;
   private closed = false;
 
   private constructor(
     private readonly socket: Socket<Connection | undefined>,
-    private readonly timeout: number,
+    private readonly delay: number,
     readonly sockname: SocketName,
     readonly peername: SocketName,
   ) {}
@@ -147,13 +147,14 @@ export class Connection {
     for (let unsent = data; ;) {
       if (this.closed) throw socketError("EBADF");
       const sent = this.socket.write(unsent);
-      if (sent === Buffer.byteLength(unsent)) return;
       if (sent < 0) throw this.error ?? socketError("ECONNRESET");
+      this.sent += sent;
+      if (sent === Buffer.byteLength(unsent)) return;
       unsent = (typeof unsent === "string" ? Buffer.from(unsent) : unsent).subarray(sent);
-      this.writer = Promise.withResolvers();
-      const timer = rejectAfter(this.timeout, this.writer.reject);
+      const { promise, reject } = (this.writer = Promise.withResolvers());
+      const timer = setTimeout(() => reject(socketError("ETIMEDOUT")), this.delay);
       try {
-        await this.writer.promise;
+        await promise;
       } finally {
         this.writer = undefined;
         clearTimeout(timer);
@@ -166,9 +167,9 @@ export class Connection {
     if (this.closed) return;
     this.closed = true;
     this.socket.shutdown();
-    const unsettled = this.unread.length > 0 || this.socket.bytesWritten > INITIAL_WINDOW;
-    if (unsettled && !this.atEnd) this.linger();
-    else this.socket.end();
+    const settled = this.unread.length === 0 && this.sent <= INITIAL_WINDOW;
+    if (settled || this.atEnd) this.socket.end();
+    else this.linger();
     this.unread = NOTHING;
     this.read();
     this.writer?.resolve();
@@ -224,10 +225,10 @@ export class Connection {
       reader.resolve(NOTHING);
     } else {
       this.socket.resume();
-      reader.timer = rejectAfter(this.timeout, (error) => {
+      reader.timer = setTimeout(() => {
         this.reader = undefined;
-        reader.reject(error);
-      });
+        reader.reject(socketError("ETIMEDOUT"));
+      }, this.delay);
       return;
     }
     this.reader = undefined;
@@ -249,7 +250,7 @@ export class Connection {
 export async function connect(host: string, port = PORT, timeout = TIMEOUT): Promise<Connection> {
   const hostname = IPV4_ADDRESS.test(host) ? host : await getaddrinfo(host);
   const { promise, resolve, reject } = Promise.withResolvers<Connection | undefined>();
-  const timer = rejectAfter(timeout, reject);
+  const timer = setTimeout(() => reject(socketError("ETIMEDOUT")), toDelay(timeout));
   try {
     Bun.connect<Connection | undefined>({
       hostname,
