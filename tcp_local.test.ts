@@ -548,7 +548,7 @@ describe("Connection", () => {
 
   test("what was sent arrives when more than was read is there at the close", async () => {
     const [s, peer] = await pair();
-    peer.send(Buffer.alloc(2 ** 22));
+    peer.send(Buffer.alloc(2 ** 24));
     await recvAll(s, 16);
     await roundTrip();
     await s.sendAll(BYE);

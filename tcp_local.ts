@@ -5,10 +5,10 @@
  *     bun tcp_local.ts server
  *     bun tcp_local.ts client 127.0.0.1
  *
- * TCP carries a stream of octets and knows no messages: what one side sends in one piece may arrive in
- * many, and many pieces in one. In Python a loop around the blocking `recv` puts a message together. Bun
- * pushes each piece at a `data` handler instead. `Connection` makes a `recv` of that again, one to await,
- * and `recvAll` is the same loop as ever.
+ * TCP carries a stream of octets and knows no messages: what one side sends in one piece may arrive
+ * in many, and many pieces in one. In Python a loop around the blocking `recv` puts a message
+ * together. Bun pushes each piece at a `data` handler instead. `Connection` makes a `recv` of that
+ * again, one to await, and `recvAll` is the same loop as ever.
  */
 import type { Socket, SocketHandler, TCPSocketListener } from "bun";
 
@@ -77,8 +77,8 @@ class SocketName {
  * A TCP connection with the face of a blocking socket: `await` it where Python blocks.
  *
  * Every wait for the peer is bounded, as by Python's `settimeout`: it rejects with `timed out`
- * (`ETIMEDOUT`) when `timeout` seconds went by without an octet. If the connection breaks, it rejects
- * with the error of the socket, such as `ECONNRESET`; once it is closed, with `EBADF`.
+ * (`ETIMEDOUT`) when `timeout` seconds went by without an octet. If the connection breaks, it
+ * rejects with the error of the socket, such as `ECONNRESET`; once it is closed, with `EBADF`.
  */
 export class Connection {
   /** One set for the sockets of `connect` and of `server`, whose state is in `socket.data`. */
@@ -106,6 +106,7 @@ export class Connection {
     timer?: Timer;
   };
   private writer?: PromiseWithResolvers<void>;
+  /** Octets handed to the kernel. */
   private sent = 0;
   private atEnd = false;
   private error?: Error;
@@ -119,8 +120,8 @@ export class Connection {
   ) {}
 
   /**
-   * Resolves to 1 to `maxLength` octets as soon as there are any, and to none at the end of the stream.
-   * An error of the socket rejects it after the octets that came before were read.
+   * Resolves to 1 to `maxLength` octets as soon as there are any, and to none at the end of the
+   * stream. An error of the socket rejects it after the octets that came before were read.
    *
    * While one `recv` is pending, a second rejects with an `Error`, and the first goes on.
    */
@@ -166,6 +167,7 @@ export class Connection {
   close(): void {
     if (this.closed) return;
     this.closed = true;
+    // The FIN goes first: should the kernel have octets that nobody reads, its reset comes behind.
     this.socket.shutdown();
     const settled = this.unread.length === 0 && this.sent <= INITIAL_WINDOW;
     if (settled || this.atEnd) this.socket.end();
@@ -176,8 +178,8 @@ export class Connection {
   }
 
   /**
-   * Discards what still comes, until the peer closes too. To close a socket with octets unread is to
-   * reset the connection, which drops what the kernel has not sent, and can overtake what it has.
+   * Discards what still comes, until the peer closes too. To close a socket with octets unread is
+   * to reset the connection, which drops what the kernel has not sent, and can overtake what it has.
    */
   private linger(): void {
     this.socket.resume();
@@ -244,8 +246,8 @@ export class Connection {
 
 /**
  * Connects to a TCP server, as Python's `socket.create_connection` does, but over IPv4 only.
- * Rejects if the name does not resolve, or if no connection is made within `timeout` seconds, though
- * Bun knows no way to stop trying: the process may live on until the kernel gives up.
+ * Rejects if the name does not resolve, or if no connection is made within `timeout` seconds. Bun
+ * has no way to stop trying, though: the process may live on until the kernel gives up.
  */
 export async function connect(host: string, port = PORT, timeout = TIMEOUT): Promise<Connection> {
   const hostname = IPV4_ADDRESS.test(host) ? host : await getaddrinfo(host);
@@ -276,9 +278,9 @@ export async function connect(host: string, port = PORT, timeout = TIMEOUT): Pro
 }
 
 /** A literal address, which needs no look-up. */
-const IPV4_ADDRESS = /^(?:(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)(?:\.(?!$)|$)){4}$/;
+const IPV4_ADDRESS = /^((25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)(\.(?!$)|$)){4}$/;
 
-/** The first IPv4 address of `host`, as getaddrinfo(3) finds it; '' is every interface, as in Python. */
+/** The first IPv4 address that getaddrinfo(3) finds; '' is every interface, as in Python. */
 async function getaddrinfo(host: string): Promise<string> {
   if (host === "") return "0.0.0.0";
   try {
@@ -305,8 +307,8 @@ export class EOFError extends Error {
  * Receives exactly `length` octets, into a buffer that is the caller's own. What follows them stays
  * for the next `recv`, of which this never asks for more than is missing.
  *
- * Rejects with an `EOFError` if the stream ends before, with a `RangeError` if `length` is negative or
- * not whole, and with what `recv` rejects with.
+ * Rejects with an `EOFError` if the stream ends before, with a `RangeError` if `length` is negative
+ * or not whole, and with what `recv` rejects with.
  */
 export async function recvAll(
   sock: { recv(maxLength: number): Promise<Uint8Array> },
@@ -340,8 +342,8 @@ export function repr(bytes: Uint8Array): string {
 }
 
 /**
- * Listens at `host`, serves every client that comes, side by side, and prints what the original does.
- * Resolves to the listener, once bound; port 0 is a free one. Rejects if it cannot be bound.
+ * Listens at `host`, serves every client that comes, side by side, and prints what the original
+ * does. Resolves to the listener, once bound; port 0 is a free one. Rejects if it cannot be bound.
  */
 export async function server(
   host: string,
@@ -389,7 +391,7 @@ export async function server(
   }
 }
 
-/** Has one exchange with the server at `host` and prints what the original does. Rejects if it fails. */
+/** Has one exchange with the server at `host`, and prints what the original does. */
 export async function client(host: string, port = PORT, timeout = TIMEOUT): Promise<void> {
   const s = await connect(host, port, timeout);
   try {
@@ -409,8 +411,8 @@ function forever(): Promise<never> {
 }
 
 /**
- * Does what the command line says, `args` being what follows the name of the script. Resolves to the
- * exit status: 0, 1 after an error, 2 after wrong usage; a server goes on until a signal ends it.
+ * Does what the command line says, `args` being what follows the name of the script. Resolves to
+ * the exit status: 0, 1 after an error, 2 after wrong usage; a server goes on until a signal ends it.
  */
 export async function main(args: string[]): Promise<number> {
   const [mode, host = "127.0.0.1"] = args;
