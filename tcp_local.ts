@@ -169,8 +169,7 @@ export class Connection {
     this.closed = true;
     // The FIN goes first: should the kernel have octets that nobody reads, its reset comes behind.
     this.socket.shutdown();
-    const settled = this.unread.length === 0 && this.sent <= INITIAL_WINDOW;
-    if (settled || this.atEnd) this.socket.end();
+    if (this.unread.length === 0 && this.sent <= INITIAL_WINDOW) this.socket.end();
     else this.linger();
     this.unread = NOTHING;
     this.read();
@@ -179,7 +178,7 @@ export class Connection {
 
   /**
    * Discards what still comes, until the peer closes too. To close a socket with octets unread is
-   * to reset the connection, which drops what the kernel has not sent, and can overtake what it has.
+   * to reset the connection: the kernel drops what it has not sent, and can overtake what it has.
    */
   private linger(): void {
     this.socket.resume();
@@ -412,7 +411,7 @@ function forever(): Promise<never> {
 
 /**
  * Does what the command line says, `args` being what follows the name of the script. Resolves to
- * the exit status: 0, 1 after an error, 2 after wrong usage; a server goes on until a signal ends it.
+ * the exit status: 0, 1 after an error, 2 after wrong usage. A server runs until a signal ends it.
  */
 export async function main(args: string[]): Promise<number> {
   const [mode, host = "127.0.0.1"] = args;
