@@ -1,325 +1,62 @@
 #!/usr/bin/env bun
 /**
- * The classic sixteen-octet TCP server and client, for Bun.
+ * The classic sixteen-byte TCP server and client, for Bun.
  *
  *     bun tcp_local.ts server
  *     bun tcp_local.ts client 127.0.0.1
  *
- * TCP carries a stream of octets and knows no messages: what one side sends in one piece may arrive
- * in many, and many pieces in one. In Python a loop around the blocking `recv` puts a message
- * together. Bun pushes each piece at a `data` handler instead. `Connection` makes a `recv` of that
- * again, one to await, and `recvAll` is the same loop as ever.
+ * TCP carries a stream of bytes and knows nothing of messages: what is sent in one piece may arrive
+ * in many, and many pieces may arrive in one. In Python, a loop around the blocking `recv` puts a
+ * message back together. Bun has no `recv`. It hands each piece to a `data` handler as it arrives.
+ *
+ * So this file has two parts: the program, with the loop from Python, and then the socket that such
+ * a loop needs, a `Connection` with a `recv` that can be awaited.
  */
+import { getSystemErrorMap } from "node:util";
 import type { Socket, SocketHandler, TCPSocketListener } from "bun";
 
 /** The port of the original. */
 export const PORT = 1060;
 
-/** Seconds that one wait for the peer may last. */
-const TIMEOUT = 60;
-
-/** Seconds that a closed connection goes on taking what its peer still sends. */
-const LINGER = 4;
-
-/** Octets that TCP sends at once, before it hears from the peer (RFC 6928). */
-const INITIAL_WINDOW = 14_600;
-
-const NOTHING = Buffer.alloc(0);
-
-/** What went wrong, for the codes that Bun has no words for, or others. */
-const WORDS: Record<string, string> = {
-  DNS_EBADFAMILY: "address family for hostname not supported",
-  DNS_ENOTFOUND: "name or service not known",
-  EACCES: "permission denied",
-  EADDRINUSE: "address already in use",
-  EADDRNOTAVAIL: "cannot assign requested address",
-  EBADF: "the connection is closed",
-  ECONNREFUSED: "connection refused or host unreachable", // Bun has this one code for both
-  ECONNRESET: "connection reset by peer",
-  EHOSTUNREACH: "no route to host",
-  EPIPE: "connection reset by peer",
-  ETIMEDOUT: "timed out",
-};
-
-function socketError(code: string): Error {
-  return Object.assign(new Error(WORDS[code]), { code });
-}
-
-function inWords(error: Error): string {
-  return ("code" in error && WORDS[String(error.code)]) || error.message;
-}
-
-/** Returns `error` with a message that says what happened to `subject`, in words. */
-function explain(error: unknown, subject: unknown): Error {
-  if (!(error instanceof Error)) return new Error(`${subject}: ${error}`);
-  error.message = `${subject}: ${inWords(error)}`;
-  return error;
-}
-
-/** `seconds` in milliseconds, as far as `setTimeout` takes them. */
-function toDelay(seconds: number): number {
-  return Math.min(seconds * 1000, 2 ** 31 - 1);
-}
-
-/** The name of one end of a connection; as a string, the tuple that Python prints. */
-class SocketName {
-  constructor(
-    readonly host: string,
-    readonly port: number,
-  ) {}
-
-  toString(): string {
-    return `('${this.host}', ${this.port})`;
-  }
-}
-
 /**
- * A TCP connection with the face of a blocking socket: `await` it where Python blocks.
- *
- * Every wait for the peer is bounded, as by Python's `settimeout`: it rejects with `timed out`
- * (`ETIMEDOUT`) when `timeout` seconds went by without an octet. If the connection breaks, it
- * rejects with the error of the socket, such as `ECONNRESET`; once it is closed, with `EBADF`.
+ * The stream ended before the message did: `partial` is what came of the `expected` bytes. It is
+ * empty if the stream ended between two messages.
  */
-export class Connection {
-  /** One set for the sockets of `connect` and of `server`, whose state is in `socket.data`. */
-  static readonly handlers: SocketHandler<Connection | undefined> = {
-    data: (socket, octets) => socket.data?.received(octets),
-    drain: (socket) => socket.data?.drained(),
-    end: (socket) => socket.data?.ended(),
-    close: (socket, error) => socket.data?.ended(error),
-  };
-
-  /** Gives an open socket its connection, unless its peer has reset it already. */
-  static over(socket: Socket<Connection | undefined>, timeout: number): Connection | undefined {
-    const sockname = new SocketName(socket.localAddress, socket.localPort);
-    const peername = new SocketName(socket.remoteAddress, socket.remotePort);
-    // From a reset on, which can come at any time, these are undefined, whatever the types say.
-    if (peername.port === undefined) return undefined;
-    return (socket.data = new Connection(socket, toDelay(timeout), sockname, peername));
-  }
-
-  private unread: Buffer = NOTHING;
-  private reader?: {
-    maxLength: number;
-    resolve(octets: Buffer): void;
-    reject(error: Error): void;
-    timer?: Timer;
-  };
-  private writer?: PromiseWithResolvers<void>;
-  /** Octets handed to the kernel. */
-  private sent = 0;
-  private atEnd = false;
-  private error?: Error;
-  private closed = false;
-
-  private constructor(
-    private readonly socket: Socket<Connection | undefined>,
-    private readonly delay: number,
-    readonly sockname: SocketName,
-    readonly peername: SocketName,
-  ) {}
-
-  /**
-   * Resolves to 1 to `maxLength` octets as soon as there are any, and to none at the end of the
-   * stream. An error of the socket rejects it after the octets that came before were read.
-   *
-   * While one `recv` is pending, a second rejects with an `Error`, and the first goes on.
-   */
-  recv(maxLength: number): Promise<Buffer> {
-    const { promise, resolve, reject } = Promise.withResolvers<Buffer>();
-    if (this.reader) {
-      reject(new Error("recv called while another recv is pending"));
-    } else if (!Number.isInteger(maxLength) || maxLength < 1) {
-      reject(new RangeError(`recv takes 1 octet or more, not ${maxLength}`));
-    } else {
-      this.reader = { maxLength, resolve, reject };
-      this.read();
-    }
-    return promise;
-  }
-
-  /**
-   * Resolves when every octet of `data` is handed to the kernel; a string is sent as UTF-8.
-   *
-   * Calls take turns, in their order. After one that rejects, nobody knows how much was sent.
-   */
-  async sendAll(data: string | Uint8Array): Promise<void> {
-    while (this.writer) await this.writer.promise;
-    for (let unsent = data; ;) {
-      if (this.closed) throw socketError("EBADF");
-      const sent = this.socket.write(unsent);
-      if (sent < 0) throw this.error ?? socketError("ECONNRESET");
-      this.sent += sent;
-      if (sent === Buffer.byteLength(unsent)) return;
-      unsent = (typeof unsent === "string" ? Buffer.from(unsent) : unsent).subarray(sent);
-      const { promise, reject } = (this.writer = Promise.withResolvers());
-      const timer = setTimeout(() => reject(socketError("ETIMEDOUT")), this.delay);
-      try {
-        await promise;
-      } finally {
-        this.writer = undefined;
-        clearTimeout(timer);
-      }
-    }
-  }
-
-  /** Closes the connection. What was sent still goes out; what was not read is lost. */
-  close(): void {
-    if (this.closed) return;
-    this.closed = true;
-    // The FIN goes first: should the kernel have octets that nobody reads, its reset comes behind.
-    this.socket.shutdown();
-    if (this.unread.length === 0 && this.sent <= INITIAL_WINDOW) this.socket.end();
-    else this.linger();
-    this.unread = NOTHING;
-    this.read();
-    this.writer?.resolve();
-  }
-
-  /**
-   * Discards what still comes, until the peer closes too. To close a socket with octets unread is
-   * to reset the connection: the kernel drops what it has not sent, and can overtake what it has.
-   */
-  private linger(): void {
-    this.socket.resume();
-    setTimeout(() => this.socket.end(), LINGER * 1000).unref();
-  }
-
-  private received(octets: Buffer): void {
-    if (this.closed) return;
-    if (this.unread.length === 0) {
-      this.unread = octets;
-    } else {
-      // Nobody has read the last piece yet: let what follows wait in the kernel.
-      this.unread = Buffer.concat([this.unread, octets]);
-      this.socket.pause();
-    }
-    this.read();
-  }
-
-  private ended(error?: Error): void {
-    if (error && !this.atEnd) {
-      error.message = inWords(error);
-      this.error = error;
-    } else {
-      this.atEnd = true;
-    }
-    this.read();
-    this.writer?.resolve();
-  }
-
-  private drained(): void {
-    this.writer?.resolve();
-  }
-
-  /** Settles the pending `recv`, if there is one, with what there is by now. */
-  private read(): void {
-    const reader = this.reader;
-    if (!reader) return;
-    if (this.unread.length > 0) {
-      reader.resolve(this.take(reader.maxLength));
-    } else if (this.closed) {
-      reader.reject(socketError("EBADF"));
-    } else if (this.error) {
-      reader.reject(this.error);
-    } else if (this.atEnd) {
-      reader.resolve(NOTHING);
-    } else {
-      this.socket.resume();
-      reader.timer = setTimeout(() => {
-        this.reader = undefined;
-        reader.reject(socketError("ETIMEDOUT"));
-      }, this.delay);
-      return;
-    }
-    this.reader = undefined;
-    clearTimeout(reader.timer);
-  }
-
-  private take(maxLength: number): Buffer {
-    const octets = this.unread;
-    this.unread = octets.length > maxLength ? octets.subarray(maxLength) : NOTHING;
-    return octets.length > maxLength ? octets.subarray(0, maxLength) : octets;
-  }
-}
-
-/**
- * Connects to a TCP server, as Python's `socket.create_connection` does, but over IPv4 only.
- * Rejects if the name does not resolve, or if no connection is made within `timeout` seconds. Bun
- * has no way to stop trying, though: the process may live on until the kernel gives up.
- */
-export async function connect(host: string, port = PORT, timeout = TIMEOUT): Promise<Connection> {
-  const hostname = IPV4_ADDRESS.test(host) ? host : await getaddrinfo(host);
-  const { promise, resolve, reject } = Promise.withResolvers<Connection | undefined>();
-  const timer = setTimeout(() => reject(socketError("ETIMEDOUT")), toDelay(timeout));
-  try {
-    Bun.connect<Connection | undefined>({
-      hostname,
-      port,
-      allowHalfOpen: true,
-      socket: {
-        ...Connection.handlers,
-        open(socket) {
-          resolve(Connection.over(socket, timeout));
-          // Nobody waits any more for a connection that is made too late.
-          promise.catch(() => socket.end());
-        },
-      },
-    }).catch(reject);
-    const connection = await promise;
-    if (!connection) throw socketError("ECONNRESET");
-    return connection;
-  } catch (error) {
-    throw explain(error, `cannot connect to ${new SocketName(hostname, port)}`);
-  } finally {
-    clearTimeout(timer);
-  }
-}
-
-/** A literal address, which needs no look-up. */
-const IPV4_ADDRESS = /^((25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)(\.(?!$)|$)){4}$/;
-
-/** The first IPv4 address that getaddrinfo(3) finds; '' is every interface, as in Python. */
-async function getaddrinfo(host: string): Promise<string> {
-  if (host === "") return "0.0.0.0";
-  try {
-    const [first] = await Bun.dns.lookup(host, { family: 4, backend: "system" });
-    return first.address;
-  } catch (error) {
-    throw explain(error, `cannot resolve ${repr(Buffer.from(host))}`);
-  }
-}
-
-/** The stream ended before the message did: `partial` is what came, of `expected` octets. */
 export class EOFError extends Error {
   override readonly name = "EOFError";
+  readonly partial: Buffer;
+  readonly expected: number;
 
-  constructor(
-    readonly partial: Buffer,
-    readonly expected: number,
-  ) {
+  constructor(partial: Buffer, expected: number) {
     super(`socket closed ${partial.length} bytes into a ${expected}-byte message`);
+    this.partial = partial;
+    this.expected = expected;
   }
 }
 
 /**
- * Receives exactly `length` octets, into a buffer that is the caller's own. What follows them stays
- * for the next `recv`, of which this never asks for more than is missing.
+ * Receives exactly `length` bytes, into a buffer that is the caller's own.
  *
- * Rejects with an `EOFError` if the stream ends before, with a `RangeError` if `length` is negative
- * or not whole, and with what `recv` rejects with.
+ * It never asks `recv` for more bytes than are missing, so what follows the message stays in the
+ * socket. A `length` of 0 gives an empty buffer and reads nothing.
+ *
+ * If the stream ends first, it rejects with an `EOFError`. If `recv` rejects, it rejects with the
+ * same error. Either way, the bytes that had come are no longer in the socket; an `EOFError` has
+ * them as `partial`. If `length` is negative or fractional, it rejects with a `RangeError` and
+ * reads nothing.
  */
 export async function recvAll(
   sock: { recv(maxLength: number): Promise<Uint8Array> },
   length: number,
 ): Promise<Buffer> {
   if (!Number.isInteger(length) || length < 0) {
-    throw new RangeError(`recvAll takes 0 octets or more, not ${length}`);
+    throw new RangeError(`recvAll takes 0 bytes or more, not ${length}`);
   }
   const data = Buffer.alloc(length);
   let received = 0;
   while (received < length) {
     const more = await sock.recv(length - received);
+    if (!(more instanceof Uint8Array)) throw new TypeError("recv gave something other than bytes");
     if (more.length === 0) throw new EOFError(data.subarray(0, received), length);
     data.set(more, received);
     received += more.length;
@@ -327,105 +64,337 @@ export async function recvAll(
   return data;
 }
 
-const ESCAPES: Record<string, string> = { "\t": "\\t", "\n": "\\n", "\r": "\\r", "\\": "\\\\" };
-
-/** What Python 2's `repr` shows of a byte string: printable ASCII, whatever the octets. */
-export function repr(bytes: Uint8Array): string {
-  const text = Buffer.from(bytes.buffer, bytes.byteOffset, bytes.length).toString("latin1");
-  const shown = text.replace(
-    /[^ -~]|\\/g,
-    (octet) => ESCAPES[octet] ?? `\\x${octet.charCodeAt(0).toString(16).padStart(2, "0")}`,
-  );
-  if (!text.includes("'")) return `'${shown}'`;
-  return text.includes('"') ? `'${shown.replaceAll("'", "\\'")}'` : `"${shown}"`;
-}
-
 /**
- * Listens at `host`, serves every client that comes, side by side, and prints what the original
- * does. Resolves to the listener, once bound; port 0 is a free one. Rejects if it cannot be bound.
+ * Listens at `host`, serves every client that comes, and prints what the original prints. Resolves
+ * to the listener once it is bound. Rejects if it cannot be bound.
  */
 export async function server(
   host: string,
-  port = PORT,
-  timeout = TIMEOUT,
-): Promise<TCPSocketListener<Connection | undefined>> {
-  const hostname = IPV4_ADDRESS.test(host) ? host : await getaddrinfo(host);
-  let listener: TCPSocketListener<Connection | undefined>;
-  try {
-    listener = Bun.listen<Connection | undefined>({
-      hostname,
-      port,
-      allowHalfOpen: true,
-      socket: {
-        ...Connection.handlers,
-        open(socket) {
-          const sc = Connection.over(socket, timeout);
-          if (sc) serve(sc);
-          else console.error("a client: connection reset by peer");
-        },
-      },
-    });
-  } catch (error) {
-    throw explain(error, `cannot listen at ${new SocketName(hostname, port)}`);
-  }
-  const sockname = new SocketName(hostname, listener.port);
-  console.log(`Listening at ${sockname}`);
+  port: number = PORT,
+  timeout?: number,
+): Promise<TCPSocketListener<Connection>> {
+  const listener = await listen(host, port, serve, timeout);
+  const listening = `Listening at ${address(listener.hostname, listener.port)}`;
+  console.log(listening);
   return listener;
 
   async function serve(sc: Connection): Promise<void> {
-    const peername = `${sc.peername}`;
+    console.log(
+      `We have accepted a connection from ${sc.peername}\n` +
+        `Socket connects ${sc.sockname} and ${sc.peername}`,
+    );
+    const message = await recvAll(sc, 16);
+    console.log(`The incoming sixteen-octet message says ${repr(message)}`);
+    await sc.sendAll("Farewell, client");
+    sc.close();
+    console.log(`Reply sent, socket closed\n${listening}`);
+  }
+}
+
+/** Has one exchange with the server at `host`, and prints what the original prints. */
+export async function client(host: string, port: number = PORT, timeout?: number): Promise<void> {
+  using s = await connect(host, port, timeout);
+  console.log(`Client has been assigned socket name ${s.sockname}`);
+  await s.sendAll("Hi there, server");
+  const reply = await recvAll(s, 16);
+  console.log(`The server said ${repr(reply)}`);
+}
+
+/** Does what the command line says. Resolves to the exit status; a server goes on until a signal. */
+export async function main(args: string[]): Promise<number> {
+  const [mode, host = "127.0.0.1"] = args.length > 2 ? [] : args;
+  try {
+    if (mode === "server") await server(host).then(() => new Promise(() => {}));
+    else if (mode === "client") await client(host);
+    else {
+      console.error("usage: tcp_local.ts server|client [host]");
+      return 2;
+    }
+    return 0;
+  } catch (error) {
+    console.error(`tcp_local.ts: ${inOneLine(error)}`);
+    return 1;
+  }
+}
+
+// ---- The socket, and what else is built into Python -----------------------------------------
+
+const NOTHING: Buffer = Buffer.alloc(0);
+
+/**
+ * A TCP connection with the calls of a blocking socket: await them where Python blocks.
+ *
+ * A wait for the peer ends with `timed out` (`ETIMEDOUT`) when no byte has moved for `timeout`
+ * seconds. If the connection breaks, it ends with the error of the socket, such as `ECONNRESET`.
+ * If this process cuts the connection off, as `listener.stop(true)` does, that is `ECONNABORTED`.
+ *
+ * A connection keeps the process alive until it is closed, so declare it with `using`.
+ */
+export class Connection {
+  /** One set of handlers for all sockets. Each socket has its connection as `data`. */
+  static readonly handlers: SocketHandler<Connection> = {
+    data: (socket, bytes) => socket.data.received(bytes),
+    drain: (socket) => socket.data.wakeWriter?.(),
+    end: (socket) => socket.data.ended(),
+    close: (socket, error) => socket.data.broke(error),
+  };
+
+  readonly sockname: Address;
+  readonly peername: Address;
+  private readonly socket: Socket<Connection>;
+  private readonly timeout: number;
+  private unread = NOTHING;
+  private recvEnd: string | undefined; // why nothing more can be received: "EOF" or an error code
+  private sendEnd: string | undefined; // why nothing more can be sent: an error code
+  private receiving = false;
+  private sending: Promise<boolean> | undefined;
+  private wakeReader: (() => void) | undefined;
+  private wakeWriter: (() => void) | undefined;
+
+  /** Takes over a socket that is open. Its handlers must be the ones above. */
+  constructor(socket: Socket<Connection>, timeout: number) {
+    this.socket = socket;
+    this.timeout = timeout;
+    this.sockname = address(socket.localAddress, socket.localPort);
+    this.peername = address(socket.remoteAddress, socket.remotePort);
+  }
+
+  /**
+   * Resolves to 1 to `maxLength` bytes as soon as there are any, and to none at the end of the
+   * stream. The buffer is the caller's own.
+   *
+   * If the connection breaks, it gives the bytes that came before, and only then rejects. If
+   * another `recv` or `recvAll` is under way, it rejects with an `Error`, and the other goes on.
+   */
+  async recv(maxLength: number): Promise<Buffer> {
+    if (!Number.isInteger(maxLength) || maxLength < 1) {
+      throw new RangeError(`recv takes 1 byte or more, not ${maxLength}`);
+    }
+    if (this.recvEnd === "EBADF") throw socketError("EBADF");
+    if (this.receiving) throw new Error("recv called while another recv is pending");
+    this.receiving = true;
     try {
-      console.log(
-        `We have accepted a connection from ${peername}\nSocket connects ${sc.sockname} and ${peername}`,
-      );
-      const message = await recvAll(sc, 16);
-      console.log(`The incoming sixteen-octet message says ${repr(message)}`);
-      await sc.sendAll("Farewell, client");
-      sc.close();
-      console.log(`Reply sent, socket closed\nListening at ${sockname}`);
+      while (this.unread.length === 0) {
+        if (this.recvEnd === "EOF") return Buffer.alloc(0);
+        if (this.recvEnd) throw socketError(this.recvEnd);
+        this.socket.resume();
+        const inTime = await waitFor(this.timeout, (wake) => (this.wakeReader = wake));
+        if (!inTime) throw socketError("ETIMEDOUT");
+      }
+      const bytes = this.unread;
+      // A piece that is wanted whole is given away. A part of one is copied, so that it shares no
+      // memory with the rest, and does not keep all of the piece alive.
+      const whole = bytes.length <= maxLength && bytes.length === bytes.buffer.byteLength;
+      this.unread = whole ? NOTHING : bytes.subarray(maxLength);
+      return whole ? bytes : Buffer.copyBytesFrom(bytes, 0, maxLength);
+    } finally {
+      // This runs right before the caller goes on. Until then nobody else may read: the caller may
+      // have half of its message, and be about to ask for the rest.
+      queueMicrotask(() => (this.receiving = false));
+    }
+  }
+
+  /**
+   * Resolves when every byte of `data` is handed to the kernel. A string is sent as UTF-8.
+   *
+   * Calls take turns, in their order. After one that rejects, nobody knows how much was sent.
+   */
+  async sendAll(data: string | NodeJS.ArrayBufferView): Promise<void> {
+    let inTime = true;
+    while (this.sending) inTime = await this.sending;
+    for (let unsent = data; ;) {
+      if (this.sendEnd) throw socketError(this.sendEnd);
+      const sent = this.socket.write(unsent);
+      if (sent === Buffer.byteLength(unsent)) return;
+      if (sent < 0) throw socketError((this.sendEnd = "ECONNRESET"));
+      // Bun says that there is room only when there is a lot of it. So when time is up, the write
+      // above was one more try.
+      if (sent === 0 && !inTime) throw socketError("ETIMEDOUT");
+      const view = typeof unsent === "string" ? Buffer.from(unsent) : unsent;
+      unsent = new Uint8Array(view.buffer, view.byteOffset + sent, view.byteLength - sent);
+      this.sending = waitFor(this.timeout, (wake) => (this.wakeWriter = wake));
+      inTime = await this.sending;
+      this.sending = undefined;
+    }
+  }
+
+  /**
+   * Closes the connection. What was sent still goes out, what was not read is lost, and whatever
+   * waits rejects with `EBADF`. To close twice is to close once.
+   *
+   * To close a socket with bytes unread would reset the connection, and the peer could lose what
+   * was sent. So then this discards what comes until the peer closes too, or for 4 seconds.
+   */
+  close(): void {
+    if (this.sendEnd === "EBADF") return;
+    this.recvEnd = this.sendEnd = "EBADF";
+    this.socket.shutdown();
+    const linger = this.unread.length > 0;
+    this.unread = NOTHING;
+    this.socket.resume();
+    if (linger) setTimeout(() => this.socket.end(), 4000).unref();
+    else this.socket.end();
+    this.wakeReader?.();
+    this.wakeWriter?.();
+  }
+
+  [Symbol.dispose](): void {
+    this.close();
+  }
+
+  private received(bytes: Buffer): void {
+    if (this.recvEnd) return;
+    const behind = this.unread.length > 0;
+    this.unread = behind ? Buffer.concat([this.unread, bytes]) : bytes;
+    // When nobody reads, let what follows wait in the kernel, which makes the sender wait.
+    if (behind) this.socket.pause();
+    this.wakeReader?.();
+  }
+
+  private ended(): void {
+    // After a write has met a reset, this is not the end of the stream: it is the reset.
+    this.recvEnd ??= this.sendEnd ?? "EOF";
+    this.wakeReader?.();
+  }
+
+  private broke(error?: NodeJS.ErrnoException): void {
+    this.sendEnd ??= error?.code ?? "ECONNABORTED";
+    this.ended();
+    this.wakeWriter?.();
+  }
+}
+
+/** Resolves to true once what it hands to `start` is called, or to false after `timeout` seconds. */
+function waitFor(timeout: number, start: (wake: () => void) => void): Promise<boolean> {
+  const { promise, resolve } = Promise.withResolvers<boolean>();
+  const milliseconds = Math.min(timeout * 1000, 2 ** 31 - 1);
+  // Between two timers Bun looks at its sockets: what came while the process was busy is in time.
+  const timer = setTimeout(() => setTimeout(resolve, 0, false), milliseconds);
+  start(() => {
+    clearTimeout(timer);
+    resolve(true);
+  });
+  return promise;
+}
+
+/**
+ * Connects to a TCP server, as Python's `socket.create_connection` does, but over IPv4 only.
+ *
+ * Rejects if `host` cannot be resolved, or if there is no connection within `timeout` seconds, the
+ * look-up included. Bun cannot stop trying, though: the process may live on until the kernel does.
+ */
+export async function connect(
+  host: string,
+  port: number = PORT,
+  timeout = 60,
+): Promise<Connection> {
+  const connecting = dial(host, port, timeout);
+  if (await waitFor(timeout, (wake) => connecting.then(wake, wake))) return connecting;
+  connecting.then((connection) => connection.close()).catch(() => {});
+  throw explain(socketError("ETIMEDOUT"), `cannot connect to (${repr(host)}, ${port})`);
+}
+
+async function dial(host: string, port: number, timeout: number): Promise<Connection> {
+  const hostname = await gethostbyname(host);
+  try {
+    const open = (s: Socket<Connection>) => void (s.data = new Connection(s, timeout));
+    const socket = { ...Connection.handlers, open };
+    const { data } = await Bun.connect({ hostname, port, allowHalfOpen: true, socket });
+    if (data.peername.port === undefined) throw socketError("ECONNRESET");
+    return data;
+  } catch (error) {
+    throw explain(error, `cannot connect to ${address(hostname, port)}`);
+  }
+}
+
+/**
+ * Listens at `host`, and calls `serve` for every client that comes, side by side. A connection is
+ * closed when its `serve` is done. If that fails, a line on standard error says for whom and why.
+ *
+ * Resolves to Bun's listener once it is bound; port 0 picks a free one. Rejects if it cannot be.
+ */
+export async function listen(
+  host: string,
+  port: number,
+  serve: (connection: Connection) => void | Promise<void>,
+  timeout = 60,
+): Promise<TCPSocketListener<Connection>> {
+  const hostname = await gethostbyname(host);
+  try {
+    const socket = { ...Connection.handlers, open };
+    // Without `exclusive`, a second server on Windows could take the port.
+    return Bun.listen({ hostname, port, exclusive: true, allowHalfOpen: true, socket });
+  } catch (error) {
+    throw explain(error, `cannot listen at ${address(hostname, port)}`);
+  }
+
+  async function open(socket: Socket<Connection>): Promise<void> {
+    using sc = (socket.data = new Connection(socket, timeout));
+    // A reset takes the name of the peer away, whatever the types say.
+    if (sc.peername.port === undefined) return console.error("a client: connection reset by peer");
+    try {
+      await serve(sc);
     } catch (error) {
-      console.error(explain(error, peername).message);
-      sc.close();
+      console.error(`${sc.peername}: ${inOneLine(error)}`);
     }
   }
 }
 
-/** Has one exchange with the server at `host`, and prints what the original does. */
-export async function client(host: string, port = PORT, timeout = TIMEOUT): Promise<void> {
-  const s = await connect(host, port, timeout);
+/** The address of one end. In a template, it is the tuple that Python prints. */
+type Address = { readonly host: string; readonly port: number };
+
+function address(host: string, port: number): Address {
+  return Object.assign({ host, port }, { toString: () => `('${host}', ${port})` });
+}
+
+/** Resolves to an IPv4 address, which may be `host` itself. As in Python, '' is every interface. */
+async function gethostbyname(host: string): Promise<string> {
+  if (host === "") return "0.0.0.0";
+  const parts = host.split(".");
+  if (parts.length === 4 && parts.every((part) => `${Number(part) & 255}` === part)) return host;
   try {
-    console.log(`Client has been assigned socket name ${s.sockname}`);
-    await s.sendAll("Hi there, server");
-    const reply = await recvAll(s, 16);
-    console.log(`The server said ${repr(reply)}`);
+    const [found] = await Bun.dns.lookup(host, { family: 4, backend: "system" });
+    if (!found) throw socketError("DNS_ENOTFOUND");
+    return found.address;
   } catch (error) {
-    throw explain(error, s.peername);
-  } finally {
-    s.close();
+    throw explain(error, `cannot resolve ${repr(host)}`);
   }
 }
 
-function forever(): Promise<never> {
-  return new Promise(() => {});
+/** Words for the codes that the platform has none for, or that mean something else here. */
+const WORDS: Record<string, string> = {
+  DNS_EAI_AGAIN: "temporary failure in name resolution",
+  DNS_EBADFAMILY: "address family for hostname not supported",
+  DNS_ENOTFOUND: "name or service not known",
+  EBADF: "the connection is closed",
+  ECONNABORTED: "the connection was cut off",
+  ECONNREFUSED: "connection refused or host unreachable", // Bun has one code for both
+  ETIMEDOUT: "timed out",
+};
+
+/** An error with an errno `code`, in words; `otherwise` is for a code that has none. */
+function socketError(code: string, prefix = "", otherwise = code): Error {
+  const words = WORDS[code] ?? new Map(getSystemErrorMap().values()).get(code) ?? otherwise;
+  return Object.assign(new Error(prefix + words), { code });
 }
 
-/**
- * Does what the command line says, `args` being what follows the name of the script. Resolves to
- * the exit status: 0, 1 after an error, 2 after wrong usage. A server runs until a signal ends it.
- */
-export async function main(args: string[]): Promise<number> {
-  const [mode, host = "127.0.0.1"] = args;
-  if (args.length > 2 || (mode !== "server" && mode !== "client")) {
-    console.error("usage: tcp_local.ts server|client [host]");
-    return 2;
-  }
-  try {
-    await (mode === "server" ? server(host).then(forever) : client(host));
-    return 0;
-  } catch (error) {
-    console.error(`tcp_local.ts: ${error instanceof Error ? error.message : error}`);
-    return 1;
-  }
+function explain(error: unknown, subject: string): Error {
+  const { code = "", message } = error as NodeJS.ErrnoException;
+  return socketError(code, `${subject}: `, message);
+}
+
+function inOneLine(error: unknown): string {
+  return (error instanceof Error ? error.message : String(error)).replaceAll("\n", " ");
+}
+
+/** Shows bytes as Python 2's `repr` does: in printable ASCII, whatever the bytes. */
+export function repr(bytes: string | Uint8Array): string {
+  const text = Buffer.from(bytes).toString("latin1");
+  const shown = text
+    .replace(/[\\\t\n\r]/g, (char) => JSON.stringify(char).slice(1, -1))
+    .replace(/[^ -~]/g, (char) => `\\x${char.charCodeAt(0).toString(16).padStart(2, "0")}`);
+  if (!text.includes("'")) return `'${shown}'`;
+  return text.includes('"') ? `'${shown.replaceAll("'", "\\'")}'` : `"${shown}"`;
 }
 
 if (import.meta.main) process.exit(await main(Bun.argv.slice(2)));
