@@ -1168,15 +1168,45 @@ describe("the command line", () => {
     expect([second.status, second.out, program.err]).toEqual([1, "", ""]);
   });
 
-  test("the script in the README has an exchange", async () => {
-    const host = loopback();
-    await using _ = await new Program("server", host).listening();
-    const readme = await Bun.file(`${import.meta.dir}/README.md`).text();
-    const script = /```ts\n([^`]+)```/.exec(readme)?.[1]?.replace("127.0.0.1", host);
-    const { stdout, stderr } = Bun.spawnSync([process.execPath, "-e", `${script}`], {
-      cwd: import.meta.dir,
+  describe("the README", () => {
+    /** The programs that it prints, made to talk to `host`. */
+    async function programs(host: string): Promise<string[]> {
+      const readme = await Bun.file(`${import.meta.dir}/README.md`).text();
+      const blocks = readme.matchAll(/```ts\n(import [^`]*(?:`[^`\n]+`[^`]*)*)```/g);
+      return [...blocks].map(([, block]) => `${block}`.replaceAll("127.0.0.1", host));
+    }
+
+    test("has a client that talks to the server", async () => {
+      const host = loopback();
+      await using _ = await new Program("server", host).listening();
+      const [script] = await programs(host);
+      const { stdout, stderr } = Bun.spawnSync([process.execPath, "-e", `${script}`], {
+        cwd: import.meta.dir,
+      });
+      expect(`${stdout}${stderr}`).toBe("Farewell, client\n");
     });
-    expect(`${stdout}${stderr}`).toBe("Farewell, client\n");
+
+    test("has a server for messages with their length in front", async () => {
+      const host = loopback();
+      const [, script] = await programs(host);
+      const code = `${script}\nconsole.log("listening");`;
+      const program = Bun.spawn([process.execPath, "-e", code], {
+        cwd: import.meta.dir,
+        stderr: "pipe",
+      });
+      await program.stdout.getReader().read();
+      const peer = await Peer.dial(1061, host);
+      const messages = Buffer.from("\0\0\0\x05first\0\0\0\x06second");
+      peer.send(messages);
+      peer.socket.shutdown();
+      expect(await peer.all()).toBe(messages.toString());
+      const greedy = await Peer.dial(1061, host);
+      const { name } = greedy;
+      greedy.send("\0\x01\0\x01");
+      expect(await greedy.all()).toBe("");
+      program.kill();
+      expect(await program.stderr.text()).toBe(`${name}: a message of 65537 bytes is too long\n`);
+    });
   });
 
   test.each(["SIGINT", "SIGTERM"] as const)(
