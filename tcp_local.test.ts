@@ -898,6 +898,23 @@ describe("what must not go wrong again", () => {
     await expect(s.recv(16)).rejects.toMatchObject({ code: "ECONNRESET" });
   });
 
+  test("what was sent arrives when the surplus is still in the kernel at the close", async () => {
+    const [s, peer] = await pair();
+    for (const piece of ["ab", "cd", "ef", "gh"]) {
+      peer.send(piece);
+      await roundTrip();
+    }
+    expect(`${await s.recv(16)}`).toBe("abcd");
+    peer.socket.pause();
+    await s.sendAll(Buffer.alloc(200_000));
+    s.close();
+    await roundTrip();
+    peer.socket.resume();
+    expect((await peer.all()).length).toBe(200_000);
+    expect(await peer.ended.promise).toBe("end");
+    peer.socket.end();
+  });
+
   test("a connection that this process cuts off does not look like an end", async () => {
     const served = Promise.withResolvers<unknown>();
     const listener = await listen(LOCALHOST, 0, (sc) =>

@@ -41,7 +41,7 @@ export class EOFError extends Error {
  * socket. A `length` of 0 gives an empty buffer and reads nothing.
  *
  * If the stream ends first, it rejects with an `EOFError`. If `recv` rejects, it rejects with the
- * same error. Either way, the bytes that had come are no longer in the socket; an `EOFError` has
+ * same error. Either way, the bytes that had come are gone from the socket; an `EOFError` has
  * them as `partial`. If `length` is negative or fractional, it rejects with a `RangeError` and
  * reads nothing.
  */
@@ -64,10 +64,7 @@ export async function recvAll(
   return data;
 }
 
-/**
- * Listens at `host`, serves every client that comes, and prints what the original prints. Resolves
- * to the listener once it is bound. Rejects if it cannot be bound.
- */
+/** Serves every client that comes to `host`, as `listen` does, and prints what the original does. */
 export async function server(
   host: string,
   port: number = PORT,
@@ -126,7 +123,7 @@ const NOTHING: Buffer = Buffer.alloc(0);
  *
  * A wait for the peer ends with `timed out` (`ETIMEDOUT`) when no byte has moved for `timeout`
  * seconds. If the connection breaks, it ends with the error of the socket, such as `ECONNRESET`.
- * If this process cuts the connection off, as `listener.stop(true)` does, that is `ECONNABORTED`.
+ * If this process cuts it off, as `listener.stop(true)` does, the error is `ECONNABORTED`.
  *
  * A connection keeps the process alive until it is closed, so declare it with `using`.
  */
@@ -147,6 +144,7 @@ export class Connection {
   private recvEnd: string | undefined; // why nothing more can be received: "EOF" or an error code
   private sendEnd: string | undefined; // why nothing more can be sent: an error code
   private receiving = false;
+  private paused = false;
   private sending: Promise<boolean> | undefined;
   private wakeReader: (() => void) | undefined;
   private wakeWriter: (() => void) | undefined;
@@ -178,6 +176,7 @@ export class Connection {
         if (this.recvEnd === "EOF") return Buffer.alloc(0);
         if (this.recvEnd) throw socketError(this.recvEnd);
         this.socket.resume();
+        this.paused = false;
         const inTime = await waitFor(this.timeout, (wake) => (this.wakeReader = wake));
         if (!inTime) throw socketError("ETIMEDOUT");
       }
@@ -185,7 +184,7 @@ export class Connection {
       // A piece that is wanted whole is given away. A part of one is copied, so that it shares no
       // memory with the rest, and does not keep all of the piece alive.
       const whole = bytes.length <= maxLength && bytes.length === bytes.buffer.byteLength;
-      this.unread = whole ? NOTHING : bytes.subarray(maxLength);
+      this.unread = bytes.length > maxLength ? bytes.subarray(maxLength) : NOTHING;
       return whole ? bytes : Buffer.copyBytesFrom(bytes, 0, maxLength);
     } finally {
       // This runs right before the caller goes on. Until then nobody else may read: the caller may
@@ -207,8 +206,7 @@ export class Connection {
       const sent = this.socket.write(unsent);
       if (sent === Buffer.byteLength(unsent)) return;
       if (sent < 0) throw socketError((this.sendEnd = "ECONNRESET"));
-      // Bun says that there is room only when there is a lot of it. So when time is up, the write
-      // above was one more try.
+      // `drain` comes only when there is a lot of room, so a write is tried when time is up, too.
       if (sent === 0 && !inTime) throw socketError("ETIMEDOUT");
       const view = typeof unsent === "string" ? Buffer.from(unsent) : unsent;
       unsent = new Uint8Array(view.buffer, view.byteOffset + sent, view.byteLength - sent);
@@ -229,7 +227,7 @@ export class Connection {
     if (this.sendEnd === "EBADF") return;
     this.recvEnd = this.sendEnd = "EBADF";
     this.socket.shutdown();
-    const linger = this.unread.length > 0;
+    const linger = this.unread.length > 0 || this.paused;
     this.unread = NOTHING;
     this.socket.resume();
     if (linger) setTimeout(() => this.socket.end(), 4000).unref();
@@ -248,6 +246,7 @@ export class Connection {
     this.unread = behind ? Buffer.concat([this.unread, bytes]) : bytes;
     // When nobody reads, let what follows wait in the kernel, which makes the sender wait.
     if (behind) this.socket.pause();
+    this.paused ||= behind;
     this.wakeReader?.();
   }
 
@@ -281,7 +280,7 @@ function waitFor(timeout: number, start: (wake: () => void) => void): Promise<bo
  * Connects to a TCP server, as Python's `socket.create_connection` does, but over IPv4 only.
  *
  * Rejects if `host` cannot be resolved, or if there is no connection within `timeout` seconds, the
- * look-up included. Bun cannot stop trying, though: the process may live on until the kernel does.
+ * look-up included. Bun cannot stop trying, though: the process may live on until the kernel gives up.
  */
 export async function connect(
   host: string,
