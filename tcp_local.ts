@@ -163,6 +163,7 @@ export class Connection {
    *
    * If the connection breaks, it gives the bytes that came before, and only then rejects. If
    * another `recv` or `recvAll` is under way, it rejects with an `Error`, and the other goes on.
+   * If `maxLength` is not a whole number from 1, it rejects with a `RangeError`.
    */
   async recv(maxLength: number): Promise<Buffer> {
     if (!Number.isInteger(maxLength) || maxLength < 1) {
@@ -280,7 +281,7 @@ function waitFor(timeout: number, start: (wake: () => void) => void): Promise<bo
  * Connects to a TCP server, as Python's `socket.create_connection` does, but over IPv4 only.
  *
  * Rejects if `host` cannot be resolved, or if there is no connection within `timeout` seconds, the
- * look-up included. Bun cannot stop trying, though: the process may live on until the kernel gives up.
+ * look-up included. Bun cannot stop an attempt: the process may live on until the kernel gives up.
  */
 export async function connect(
   host: string,
@@ -310,7 +311,7 @@ async function dial(host: string, port: number, timeout: number): Promise<Connec
  * Listens at `host`, and calls `serve` for every client that comes, side by side. A connection is
  * closed when its `serve` is done. If that fails, a line on standard error says for whom and why.
  *
- * Resolves to Bun's listener once it is bound; port 0 picks a free one. Rejects if it cannot be.
+ * Resolves to Bun's listener once bound; port 0 picks a free port. Rejects if it cannot be bound.
  */
 export async function listen(
   host: string,
