@@ -64,7 +64,7 @@ export async function recvAll(
   return data;
 }
 
-/** Serves every client that comes to `host`, as `listen` does, and prints what the original does. */
+/** Serves every client of `host`, as `listen` does, and prints what the original prints. */
 export async function server(
   host: string,
   port: number = PORT,
@@ -97,7 +97,7 @@ export async function client(host: string, port: number = PORT, timeout?: number
   console.log(`The server said ${repr(reply)}`);
 }
 
-/** Does what the command line says. Resolves to the exit status; a server goes on until a signal. */
+/** Does what the command line says. Resolves to the exit status; a server runs until a signal. */
 export async function main(args: string[]): Promise<number> {
   const [mode, host = "127.0.0.1"] = args.length > 2 ? [] : args;
   try {
@@ -264,7 +264,7 @@ export class Connection {
   }
 }
 
-/** Resolves to true once what it hands to `start` is called, or to false after `timeout` seconds. */
+/** Resolves to true once what it hands to `start` is called, to false after `timeout` seconds. */
 function waitFor(timeout: number, start: (wake: () => void) => void): Promise<boolean> {
   const { promise, resolve } = Promise.withResolvers<boolean>();
   const milliseconds = Math.min(timeout * 1000, 2 ** 31 - 1);
