@@ -133,7 +133,7 @@ export class Connection {
     data: (socket, bytes) => socket.data.received(bytes),
     drain: (socket) => socket.data.wakeWriter?.(),
     end: (socket) => socket.data.ended(),
-    close: (socket, error) => socket.data.broke(error),
+    close: (socket, error) => socket.data.closed(error),
   };
 
   readonly sockname: Address;
@@ -146,6 +146,7 @@ export class Connection {
   private receiving = false;
   private paused = false;
   private sending: Promise<boolean> | undefined;
+  private inTime = true; // false once a wait to send is over and no byte has moved
   private wakeReader: (() => void) | undefined;
   private wakeWriter: (() => void) | undefined;
 
@@ -200,19 +201,20 @@ export class Connection {
    * Calls take turns, in their order. After one that rejects, nobody knows how much was sent.
    */
   async sendAll(data: string | NodeJS.ArrayBufferView): Promise<void> {
-    let inTime = true;
-    while (this.sending) inTime = await this.sending;
+    this.inTime = true;
+    while (this.sending) await this.sending;
     for (let unsent = data; ;) {
       if (this.sendEnd) throw socketError(this.sendEnd);
       const sent = this.socket.write(unsent);
+      this.inTime ||= sent > 0;
       if (sent === Buffer.byteLength(unsent)) return;
       if (sent < 0) throw socketError((this.sendEnd = "ECONNRESET"));
       // `drain` comes only when there is a lot of room, so a write is tried when time is up, too.
-      if (sent === 0 && !inTime) throw socketError("ETIMEDOUT");
+      if (!this.inTime) throw socketError("ETIMEDOUT");
       const view = typeof unsent === "string" ? Buffer.from(unsent) : unsent;
       unsent = new Uint8Array(view.buffer, view.byteOffset + sent, view.byteLength - sent);
       this.sending = waitFor(this.timeout, (wake) => (this.wakeWriter = wake));
-      inTime = await this.sending;
+      this.inTime = await this.sending;
       this.sending = undefined;
     }
   }
@@ -233,8 +235,7 @@ export class Connection {
     this.socket.resume();
     if (linger) setTimeout(() => this.socket.end(), 4000).unref();
     else this.socket.end();
-    this.wakeReader?.();
-    this.wakeWriter?.();
+    this.closed();
   }
 
   [Symbol.dispose](): void {
@@ -257,7 +258,7 @@ export class Connection {
     this.wakeReader?.();
   }
 
-  private broke(error?: NodeJS.ErrnoException): void {
+  private closed(error?: NodeJS.ErrnoException): void {
     this.sendEnd ??= error?.code ?? "ECONNABORTED";
     this.ended();
     this.wakeWriter?.();
@@ -342,7 +343,6 @@ export async function listen(
 
 /** The address of one end. In a template, it is the tuple that Python prints. */
 type Address = { readonly host: string; readonly port: number };
-
 function address(host: string, port: number): Address {
   return Object.assign({ host, port }, { toString: () => `('${host}', ${port})` });
 }
