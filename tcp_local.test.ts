@@ -261,7 +261,6 @@ test("repr shows every byte, and quotes, as Python does", () => {
   const bytes = Uint8Array.from({ length: 256 }, (_, byte) => byte);
   expect(repr(bytes)).toBe(`'${controls}${printable}${high}'`);
   expect(repr(bytes.subarray(97, 100))).toBe("'abc'");
-  expect(repr("")).toBe(`''`);
   expect(repr("it's")).toBe(`"it's"`);
   expect(repr('say "hi"')).toBe(`'say "hi"'`);
   expect(repr(`it's "hi"`)).toBe(String.raw`'it\'s "hi"'`);
@@ -661,9 +660,12 @@ test("a timeout does not count what came, to the FIN, while the process was busy
 test("a timeout counts the look-up, and a connection that is made too late is closed", async () => {
   const { port, peer } = peerListens();
   const answer = Promise.withResolvers<Awaited<ReturnType<typeof Bun.dns.lookup>>>();
-  using _ = spyOn(Bun.dns, "lookup").mockReturnValue(answer.promise);
+  const none = Promise.withResolvers<never>();
+  using lookup = spyOn(Bun.dns, "lookup");
+  lookup.mockReturnValueOnce(answer.promise).mockReturnValueOnce(none.promise);
   const error = { message: `cannot connect to ('name', ${port}): timed out`, code: "ETIMEDOUT" };
-  await expect(connect("name", port, 0.1)).rejects.toMatchObject(error);
+  for (const _ of "12") await expect(connect("name", port, 0.1)).rejects.toMatchObject(error);
+  none.reject(new Error("too late"));
   answer.resolve([{ address: LOCALHOST, family: 4, ttl: 0 }]);
   expect(await (await peer).all()).toBe("");
 });
