@@ -91,8 +91,9 @@ class Peer {
   }
 }
 
-const listeners: { port: number; stop(closeActiveConnections?: boolean): void }[] = [];
-afterEach(() => listeners.splice(0).forEach((listener) => listener.stop(true)));
+/** What is stopped after each test, however it ended. */
+const started: { stop(force: boolean): void }[] = [];
+afterEach(() => started.splice(0).forEach((it) => it.stop(true)));
 
 /** Listens for a connection to play the other end of. */
 function peerListens(): { port: number; peer: Promise<Peer> } {
@@ -100,7 +101,7 @@ function peerListens(): { port: number; peer: Promise<Peer> } {
   const open = (socket: Socket<Peer>) => resolve((socket.data = new Peer(socket)));
   const socket = { ...Peer.handlers, open };
   const listener = Bun.listen({ hostname: LOCALHOST, port: 0, allowHalfOpen: true, socket });
-  listeners.push(listener);
+  started.push(listener);
   return { port: listener.port, peer };
 }
 
@@ -112,7 +113,7 @@ async function pair(timeout?: number): Promise<[Connection, Peer]> {
 /** The port of a listener of the module, which is stopped when the test is over. */
 async function serving(starting = server(LOCALHOST, 0)): Promise<number> {
   const listener = await starting;
-  listeners.push(listener);
+  started.push(listener);
   return listener.port;
 }
 
@@ -134,7 +135,7 @@ function transcript(host: string, port: number, peername: string, message: strin
 }
 
 /** A process of Bun. `output` is the event that it printed. */
-class Program implements AsyncDisposable {
+class Program {
   text = ""; // of both streams
   readonly process;
   /** If `hears` is false, its streams are closed after the first that it prints. */
@@ -142,6 +143,7 @@ class Program implements AsyncDisposable {
     const args = [process.execPath, ...code];
     this.process = Bun.spawn(args, { cwd: import.meta.dir, stdout: "pipe", stderr: "pipe" });
     for (const stream of [this.process.stdout, this.process.stderr]) void this.read(stream, hears);
+    started.push({ stop: () => this.process.kill("SIGKILL") });
   }
   private async read(stream: ReadableStream<Uint8Array>, hears: boolean): Promise<void> {
     for await (const bytes of stream) {
@@ -156,10 +158,6 @@ class Program implements AsyncDisposable {
   /** The first number that it printed at the end of a line. */
   get port(): number {
     return Number(/\d+(?=\)?\n)/.exec(this.text));
-  }
-  async [Symbol.asyncDispose](): Promise<void> {
-    this.process.kill("SIGKILL");
-    await this.process.exited;
   }
 }
 
@@ -583,7 +581,7 @@ test("a connection gives what came before a reset, whoever met it, and then the 
 test("a connection that this process cuts off has not ended", async () => {
   const peer = await Peer.dial(await serving());
   await peer.deliver("Hi ther");
-  listeners.pop()?.stop(true);
+  started.pop()?.stop(true);
   expect(await printed(err, 1)).toEqual([`${peer.name}: the connection was cut off`]);
 });
 
@@ -593,7 +591,7 @@ test("a connection brings all that was sent before the close, and then frees its
     using s = await connect("${LOCALHOST}", ${port});
     await recvAll(s, 16);
     await s.sendAll(Buffer.alloc(${16 * MiB}));`;
-  await using program = new Program(["-e", code]);
+  const program = new Program(["-e", code]);
   (await peer).send(Buffer.alloc(17)); // of which one is unread at the close
   (await peer).socket.shutdown();
   expect((await (await peer).all()).length).toBe(16 * MiB);
@@ -639,7 +637,7 @@ test("a timeout lets go who says nothing, and keeps who may wait for ever", asyn
 });
 
 test("a timeout does not count what came, to the FIN, while the process was busy", async () => {
-  await using program = await serverProgram();
+  const program = await serverProgram();
   using s = await connect(LOCALHOST, program.port, 0.1);
   const [other, peer] = await pair();
   await s.sendAll(HI);
@@ -802,7 +800,7 @@ test("the command line says in one line what is wrong", async () => {
 });
 
 test("the command line serves on when its standard output is closed", async () => {
-  await using program = await serverProgram(false);
+  const program = await serverProgram(false);
   for (const _ of "123") expect(await exchange(program.port)).toBe("Farewell, client");
 });
 
@@ -814,7 +812,7 @@ const host = await Promise.any(hosts).catch(() => "");
 const where = host ? "" : ", which another program holds,";
 const to = `on port 1060${where} both sides print what the original does, up to the %s`;
 test.skipIf(!host).each(["SIGINT", "SIGTERM"] as const)(to, async (signal) => {
-  await using program = new Program(["tcp_local.ts", "server", host]);
+  const program = new Program(["tcp_local.ts", "server", host]);
   await program.until((text) => text === `Listening at ('${host}', 1060)\n`);
   const [status, out, err] = run("tcp_local.ts", "client", host);
   const [line, name = ""] = /^Client has been assigned socket name (.*)\n/.exec(out) ?? [];
@@ -832,7 +830,7 @@ const readme = await Bun.file(`${import.meta.dir}/README.md`).text();
 const [asking, echoing] = readme.match(/(?<=```ts\n)import .*?(?=```)/gs) ?? [];
 
 test("the README has a client that talks to the server", async () => {
-  await using program = await serverProgram();
+  const program = await serverProgram();
   const script = `${asking}`.replace("1060", `${program.port}`);
   expect(run("-e", script)).toEqual([0, "Farewell, client\n", ""]);
 });
@@ -840,7 +838,7 @@ test("the README has a client that talks to the server", async () => {
 test("the README has a server for messages with their length in front", async () => {
   const script = `${echoing}console.log(port)`.replace("1061", "0");
   const code = script.replace("await", "const { port } = await");
-  await using program = new Program(["-e", code]);
+  const program = new Program(["-e", code]);
   await program.until((text) => text.endsWith("\n"));
   const [polite, greedy] = [await Peer.dial(program.port), await Peer.dial(program.port)];
   const messages = "\0\0\0\x05first\0\0\0\x06second";
@@ -860,7 +858,7 @@ const peakMemory = ({ process: { pid } }: Program) =>
   1024 * Number(/(?<=VmHWM:\s+)\d+/.exec(readFileSync(`/proc/${pid}/status`, "latin1")));
 
 withProc("a server keeps 256 MiB behind a message out of memory", async () => {
-  await using program = await serverProgram();
+  const program = await serverProgram();
   await exchange(program.port);
   const before = peakMemory(program);
   for (const length of [15, 16, 17]) {
@@ -875,7 +873,7 @@ withProc("a server keeps 256 MiB behind a message out of memory", async () => {
 });
 
 withProc("a server keeps nothing of a reset client, and little of a stalled one", async () => {
-  await using program = await serverProgram();
+  const program = await serverProgram();
   await exchange(program.port);
   const [memory, fds] = [peakMemory(program), descriptors(program)];
   for (let i = 0; i < 200; i++) {
