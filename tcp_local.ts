@@ -19,8 +19,8 @@ import type { Socket, SocketHandler, TCPSocketListener } from "bun";
 export const PORT = 1060;
 
 /**
- * The stream ended before the message did: `partial` is what came of the `expected` bytes. It is
- * empty if the stream ended between two messages.
+ * The stream ended before the message did: of `expected` bytes, only `partial` came. It is empty if
+ * the stream ended between two messages.
  */
 export class EOFError extends Error {
   override readonly name = "EOFError";
@@ -114,7 +114,7 @@ export async function main(args: string[]): Promise<number> {
   }
 }
 
-// ---- The socket, and what else is built into Python -----------------------------------------
+// ---- What Python has built in: the socket, and some smaller things --------------------------
 
 const NOTHING: Buffer = Buffer.alloc(0);
 
@@ -209,7 +209,7 @@ export class Connection {
       this.inTime ||= sent > 0;
       if (sent === Buffer.byteLength(unsent)) return;
       if (sent < 0) throw socketError((this.sendEnd = "ECONNRESET"));
-      // `drain` comes only when there is a lot of room, so a write is tried when time is up, too.
+      // `drain` comes only when there is a lot of room, so one more write is tried when time is up.
       if (!this.inTime) throw socketError("ETIMEDOUT");
       const view = typeof unsent === "string" ? Buffer.from(unsent) : unsent;
       unsent = new Uint8Array(view.buffer, view.byteOffset + sent, view.byteLength - sent);
@@ -221,9 +221,9 @@ export class Connection {
 
   /**
    * Closes the connection. What was sent still goes out, what was not read is lost, and whatever
-   * waits rejects with `EBADF`. To close twice is to close once.
+   * waits rejects with `EBADF`. A second `close` does nothing.
    *
-   * To close a socket with bytes unread would reset the connection, and the peer could lose what
+   * Closing a socket with bytes unread would reset the connection, and the peer could lose what
    * was sent. So then this discards what comes until the peer closes too, or for 4 seconds.
    */
   close(): void {
@@ -265,7 +265,7 @@ export class Connection {
   }
 }
 
-/** Resolves to true once what it hands to `start` is called, to false after `timeout` seconds. */
+/** Hands `start` a callback. Resolves to true once that is called, to false after `timeout` s. */
 function waitFor(timeout: number, start: (wake: () => void) => void): Promise<boolean> {
   const { promise, resolve } = Promise.withResolvers<boolean>();
   const milliseconds = Math.min(timeout * 1000, 2 ** 31 - 1);
@@ -331,7 +331,7 @@ export async function listen(
 
   async function open(socket: Socket<Connection>): Promise<void> {
     using sc = (socket.data = new Connection(socket, timeout));
-    // A reset takes the name of the peer away, whatever the types say.
+    // After a reset the peer has no address, whatever the types say.
     if (sc.peername.port === undefined) return console.error("a client: connection reset by peer");
     try {
       await serve(sc);
