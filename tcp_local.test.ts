@@ -1,24 +1,18 @@
-import { afterEach, beforeEach, expect, spyOn, test } from "bun:test";
+import { afterEach, beforeEach, expect, setDefaultTimeout, spyOn, test } from "bun:test";
 import { drainMicrotasks } from "bun:jsc";
 import { EventEmitter, once } from "node:events";
 import { existsSync, readdirSync, readFileSync } from "node:fs";
 import type { Socket } from "bun";
-import {
-  client,
-  connect,
-  Connection,
-  EOFError,
-  listen,
-  main,
-  recvAll,
-  repr,
-  server,
-} from "./tcp_local.ts";
+import { client, connect, Connection, EOFError, listen } from "./tcp_local.ts";
+import { main, recvAll, repr, server } from "./tcp_local.ts";
 
 const LOCALHOST = "127.0.0.1";
+const cwd = import.meta.dir;
+const hasProc = existsSync("/proc/self/fd");
 const HI = Buffer.from("Hi there, server");
 const BYE = Buffer.from("Farewell, client");
 const MiB = 2 ** 20;
+setDefaultTimeout(60_000); // A machine may be slow. What could not end is ended by this.
 
 // ---- What the tests hear, and what they play ----------------------------------------------------
 
@@ -44,6 +38,13 @@ async function printed(lines: string[], length: number): Promise<string[]> {
   while (lines.length < length) await once(events, "line");
   return lines.splice(0);
 }
+
+/** What a promise rejects with. Unlike `rejects`, it lets the time of a test run out. */
+const failure = (promise: Promise<unknown>) =>
+  promise.then(
+    () => "none",
+    (error) => error,
+  );
 
 /** The other end of a connection. `peer` is the event that it has sent what it could. */
 class Peer {
@@ -72,7 +73,8 @@ class Peer {
     return (await Bun.connect<Peer>({ hostname, port, allowHalfOpen: true, socket })).data;
   }
   send(bytes: Buffer | string): void {
-    if (bytes.length > 0) this.unsent = Buffer.concat([this.unsent, Buffer.from(bytes)]);
+    const more = typeof bytes === "string" ? Buffer.from(bytes) : bytes;
+    if (more.length > 0) this.unsent = Buffer.concat([this.unsent, more]);
     const sent = this.socket.write(this.unsent);
     this.unsent = this.unsent.subarray(sent < 0 ? this.unsent.length : sent);
     events.emit("peer");
@@ -141,7 +143,7 @@ class Program {
   /** If `hears` is false, its streams are closed after the first that it prints. */
   constructor(code: string[], hears = true) {
     const args = [process.execPath, ...code];
-    this.process = Bun.spawn(args, { cwd: import.meta.dir, stdout: "pipe", stderr: "pipe" });
+    this.process = Bun.spawn(args, { cwd, stdout: "pipe", stderr: "pipe" });
     for (const stream of [this.process.stdout, this.process.stderr]) void this.read(stream, hears);
     started.push({ stop: () => this.process.kill("SIGKILL") });
   }
@@ -153,7 +155,9 @@ class Program {
     }
   }
   async until(condition: (text: string) => boolean): Promise<void> {
-    while (!condition(this.text)) await once(events, "output");
+    const died = this.process.exited.then(() => Promise.reject(new Error(this.text)));
+    died.catch(() => {});
+    while (!condition(this.text)) await Promise.race([once(events, "output"), died]);
   }
   /** The first number that it printed at the end of a line. */
   get port(): number {
@@ -172,7 +176,7 @@ async function serverProgram(hears?: boolean): Promise<Program> {
 /** The exit status of a process of Bun, and what it prints. */
 function run(...args: string[]): [status: number, out: string, err: string] {
   const command = [process.execPath, ...args];
-  const { exitCode, stdout, stderr } = Bun.spawnSync(command, { cwd: import.meta.dir });
+  const { exitCode, stdout, stderr } = Bun.spawnSync(command, { cwd, timeout: 30_000 });
   return [exitCode, `${stdout}`, `${stderr}`];
 }
 
@@ -210,34 +214,35 @@ test("recvAll puts a message together from every one of the 32,768 ways to cut i
 test("recvAll says how far it got when the stream ends early", async () => {
   for (let length = 0; length < 16; length++) {
     const partial = HI.subarray(0, length);
-    const error = await recvAll(scripted(cut(partial, 0b100100)), 16).catch((e) => e);
+    const error = await failure(recvAll(scripted(cut(partial, 0b100100)), 16));
     const message = `socket closed ${length} bytes into a 16-byte message`;
     expect(error).toBeInstanceOf(EOFError);
     expect(error).toMatchObject({ name: "EOFError", message, partial, expected: 16 });
   }
 });
 
-test("recvAll reads nothing for a length of 0, and for one that is none", async () => {
+test("recvAll reads nothing for a length of 0 or a length that is not valid", async () => {
   const s = scripted([HI]);
   expect(await recvAll(s, 0)).toEqual(Buffer.alloc(0));
-  for (const n of [-1, 1.5, NaN, Infinity]) await expect(recvAll(s, n)).rejects.toThrow(RangeError);
+  for (const n of [-1, 1.5, NaN, Infinity])
+    expect(await failure(recvAll(s, n))).toBeInstanceOf(RangeError);
   expect(s.asked).toEqual([]);
 });
 
 test("recvAll passes an error on as it is, also after the first piece", async () => {
   const [pieces, error] = [[HI.subarray(0, 5)], new Error("no luck")];
   const recv = async () => pieces.shift() ?? Promise.reject(error);
-  for (const _ of "12") expect(await recvAll({ recv }, 16).catch((e) => e)).toBe(error);
+  for (let i = 0; i < 2; i++) expect(await failure(recvAll({ recv }, 16))).toBe(error);
 });
 
 test("recvAll refuses what is given in the place of bytes", async () => {
   for (const given of [{}, undefined, "a string", new ArrayBuffer(4), new Uint16Array(4)]) {
     const recv = async () => given as Uint8Array;
-    await expect(recvAll({ recv }, 16)).rejects.toBeInstanceOf(TypeError);
+    expect(await failure(recvAll({ recv }, 16))).toBeInstanceOf(TypeError);
   }
 });
 
-test("recvAll copies 64 MiB that came in small pieces once", async () => {
+test("recvAll copies each byte once, however small the pieces", async () => {
   const piece = Buffer.alloc(4096, "x");
   const start = performance.now();
   const message = await recvAll({ recv: async () => piece }, 64 * MiB);
@@ -267,7 +272,7 @@ test("repr shows every byte, and quotes, as Python does", () => {
 
 /** What the kernel has of a socket, and what comes of the calls. */
 class Kernel {
-  arrived = ""; // and nobody has read it
+  arrived = ""; // what the kernel holds unread
   came = 0;
   fin = false;
   rst = false;
@@ -290,8 +295,8 @@ const MOVES = {
   bytesCome: (s) => (s.arrived += "abcdefghijkl".slice(s.came, (s.came += 2))),
   peerEnds: (s) => (s.fin = true),
   peerResets: (s) => (s.rst = true),
-  roomShrinks: (s) => (s.room = 1),
-  roomGrows: (s) => (s.room = 2),
+  roomForOne: (s) => (s.room = 1),
+  roomForTwo: (s) => (s.room = 2),
   recv1: (s) => s.recv(1),
   recv4: (s) => s.recv(4),
   sendAll: (s) => s.sendAll(),
@@ -306,7 +311,7 @@ class Blocking extends Kernel {
   private full = false; // with two pieces unread: the rest stays in the kernel
   private recvEnd: string | undefined;
   private sendEnd: string | undefined;
-  private met = false; // by a write: the reset
+  private met = false; // a write has failed with the reset
   private reader: { call: number; maxLength: number } | undefined;
   private busy = false;
   private writers: { call: number; unsent: string }[] = [];
@@ -354,7 +359,7 @@ class Blocking extends Kernel {
     }
     this.busy = !!this.reader;
   }
-  /** What waits all the time, and moves no byte, is over. */
+  /** Whatever waited for the whole minute, and moved no byte, times out. */
   minutePasses(): void {
     const { reader, sent } = this;
     const writing = this.writers.length > 0;
@@ -389,7 +394,8 @@ class Blocking extends Kernel {
 
 /** A `Connection` on a stand-in for Bun's socket, which does what Bun's was seen to do. */
 class Played extends Kernel {
-  readonly data = new Connection(this as unknown as Socket<Connection>, 60);
+  readonly socket = this as unknown as Socket<Connection>;
+  readonly data = new Connection(this.socket, 60);
   private paused = false;
   private short = false;
   private ended = false;
@@ -415,17 +421,18 @@ class Played extends Kernel {
   write(bytes: string | Uint8Array<ArrayBuffer>): number {
     this.met ||= this.rst;
     if (this.rst || this.shut) return -1;
-    const taken = this.take(`${Buffer.from(bytes as string)}`);
+    const taken = this.take(typeof bytes === "string" ? bytes : `${Buffer.from(bytes)}`);
     this.short = taken < bytes.length;
     return taken;
   }
   end(error?: Error): void {
     if (!this.open) return;
     this.open = false;
-    this.tell("close", error);
+    this.tell(Connection.handlers.close?.(this.socket, error));
   }
   readonly setTimeout = (ring: (...args: unknown[]) => void, delay: number, ...args: unknown[]) => {
     const timer = { delay, ring: () => ring(...args), holds: true };
+    if (![0, 4000, 60_000].includes(delay)) throw new RangeError(`a timer of ${delay} ms`);
     this.waits += delay === 60_000 ? 1 : 0;
     this.timers.add(timer);
     return Object.assign(timer, { unref: () => (timer.holds = false) });
@@ -434,27 +441,26 @@ class Played extends Kernel {
 
   // What Bun does
   waiting = () => [...this.timers].filter(({ holds }) => holds).length;
-  private tell(event: "data" | "drain" | "end" | "close", argument?: unknown): void {
-    (Connection.handlers[event] as (...args: unknown[]) => void)(this, argument);
+  private tell(_heard: unknown): void {
     drainMicrotasks();
   }
   private poll(): void {
     drainMicrotasks();
     if (this.open && this.short && this.room > 1 && !this.rst) {
       this.short = false;
-      this.tell("drain");
+      this.tell(Connection.handlers.drain?.(this.socket));
     }
     // Before a reset it reads all that there is, although the socket may be paused.
     const reads = () => this.open && (!this.paused || (this.rst && !this.met));
     if (this.arrived !== "" && reads()) {
       const bytes = Buffer.from(this.arrived);
       this.arrived = "";
-      this.tell("data", bytes);
+      this.tell(Connection.handlers.data?.(this.socket, bytes));
     }
     if (this.arrived !== "" || !reads()) return;
     if ((this.fin || this.met) && !this.ended && !this.shut) {
       this.ended = true;
-      this.tell("end");
+      this.tell(Connection.handlers.end?.(this.socket));
     }
     const code = this.fin ? "EPIPE" : "ECONNRESET";
     if (this.rst) this.end(this.met ? undefined : Object.assign(new Error(code), { code }));
@@ -480,6 +486,7 @@ class Played extends Kernel {
   }
 }
 
+/** The first three moves are the peer's. After a reset it makes none; after its end, only a reset. */
 function* sequences(length: number): Generator<Move[]> {
   if (length === 0) return yield [];
   for (const moves of sequences(length - 1)) {
@@ -511,6 +518,7 @@ afterEach(() => void Object.assign(globalThis, real));
 
 test("a connection does what a blocking socket does in every order of events", () => {
   for (const moves of sequences(5)) play(moves, 0b11111);
+  // With a turn after the last move, and not after all of the others.
   for (const moves of sequences(4)) for (let turns = 8; turns < 15; turns++) play(moves, turns);
 });
 
@@ -563,22 +571,23 @@ test("a connection leaves what nobody reads with the peer, and loses nothing of 
   expect((await recvAll(unread, bytes.length)).equals(bytes)).toBeTrue();
 });
 
-test("a connection gives what came before a reset, whoever met it, and then the error", async () => {
+test("a connection gives the bytes before a reset, then the error, also after a failed write", async () => {
   for (const data of [undefined, HI]) {
     const [s, peer] = await pair();
-    await peer.deliver("ab", "cd");
+    // In two pieces they pause the socket. Only Linux was seen to hand over what is behind them.
+    await peer.deliver(...(hasProc ? ["ab", "cd"] : ["abcd"]));
     peer.send("ef");
     peer.socket.terminate();
     const error = { code: "ECONNRESET", message: "connection reset by peer" };
     // Bun hears of the reset in its next turn, and a write hears of it at once.
-    if (data) await expect(s.sendAll(data)).rejects.toMatchObject(error);
+    if (data) expect(await failure(s.sendAll(data))).toMatchObject(error);
     else await once(events, "close");
     expect(`${await recvAll(s, 6)}`).toBe("abcdef");
-    for (const _ of "12") await expect(s.recv(16)).rejects.toMatchObject(error);
+    for (let i = 0; i < 2; i++) expect(await failure(s.recv(16))).toMatchObject(error);
   }
 });
 
-test("a connection that this process cuts off has not ended", async () => {
+test("a connection that this process cuts off fails, and does not seem to end", async () => {
   const peer = await Peer.dial(await serving());
   await peer.deliver("Hi ther");
   started.pop()?.stop(true);
@@ -588,16 +597,18 @@ test("a connection that this process cuts off has not ended", async () => {
 test("a connection brings all that was sent before the close, and then frees its process", async () => {
   const { port, peer } = peerListens();
   const code = `import { connect, recvAll } from "./tcp_local.ts";
-    using s = await connect("${LOCALHOST}", ${port});
+    const s = await connect("${LOCALHOST}", ${port});
     await recvAll(s, 16);
-    await s.sendAll(Buffer.alloc(${16 * MiB}));`;
+    await s.sendAll(Buffer.alloc(${16 * MiB}));
+    s.close();
+    setTimeout(() => process.exit(1), 2000).unref(); // never comes to it if nothing holds it`;
   const program = new Program(["-e", code]);
   (await peer).send(Buffer.alloc(17)); // of which one is unread at the close
   (await peer).socket.shutdown();
   expect((await (await peer).all()).length).toBe(16 * MiB);
   expect(await (await peer).closed.promise).toBe("in order");
   expect(await program.process.exited).toBe(0);
-}, 3500);
+});
 
 test("a connection refuses a second reader, however late in the tick, and the first gets all", async () => {
   for (let turns = 0; turns < 8; turns++) {
@@ -605,59 +616,56 @@ test("a connection refuses a second reader, however late in the tick, and the fi
     await peer.deliver(HI.subarray(0, 10));
     const first = recvAll(s, 16);
     for (let turn = 0; turn < turns; turn++) await null;
-    await expect(recvAll(s, 16)).rejects.toThrow("recv called while another recv is pending");
+    expect(`${await failure(recvAll(s, 16))}`).toContain("while another recv is pending");
     peer.send(Buffer.concat([HI.subarray(10), BYE]));
     expect([await first, await recvAll(s, 16)]).toEqual([HI, BYE]);
   }
 });
 
-test("a connection refuses what is no number of bytes, and all calls after a close", async () => {
+test("recv refuses a bad length, and a closed connection refuses every call", async () => {
   const [s] = await pair();
-  for (const n of [0, -1, 1.5, NaN]) await expect(s.recv(n)).rejects.toThrow(RangeError);
+  for (const n of [0, -1, 1.5, NaN]) expect(await failure(s.recv(n))).toBeInstanceOf(RangeError);
   s.close();
-  for (const call of [s.recv(16), s.sendAll(HI), s.sendAll("")]) {
-    await expect(call).rejects.toThrow("the connection is closed");
-  }
+  const calls = [s.recv(16), s.sendAll(HI), s.sendAll("")];
+  for (const call of calls) expect(`${await failure(call)}`).toContain("connection is closed");
 });
 
-test("a timeout lets go who says nothing, and keeps who may wait for ever", async () => {
+test("a silent peer times out, and one without a timeout is kept", async () => {
   const stalled = await Peer.dial(await serving(server(LOCALHOST, 0, 0.2)));
   const [[s, peer], [patient, late]] = [await pair(0.2), await pair(Infinity)];
   const pending = patient.recv(16);
-  const start = performance.now();
   const error = { code: "ETIMEDOUT", message: "timed out" };
-  await expect(s.recv(16)).rejects.toMatchObject(error);
-  expect(performance.now() - start).toBeWithin(190, 2000);
+  expect(await failure(s.recv(16))).toMatchObject(error);
   expect(await stalled.all()).toBe("");
   expect(await printed(err, 1)).toEqual([`${stalled.name}: timed out`]);
   await peer.deliver("Hi ");
-  await expect(recvAll(s, 16)).rejects.toMatchObject(error); // in the middle of a message
+  expect(await failure(recvAll(s, 16))).toMatchObject(error); // in the middle of a message
   for (const other of [peer, late]) other.send("here");
   expect(`${await s.recv(16)} ${await pending}`).toBe("here here");
 });
 
-test("a timeout does not count what came, to the FIN, while the process was busy", async () => {
-  const program = await serverProgram();
-  using s = await connect(LOCALHOST, program.port, 0.1);
-  const [other, peer] = await pair();
-  await s.sendAll(HI);
-  peer.send("?");
-  const reply = recvAll(s, 16);
-  // In the turn of another socket the timers are the first to be looked at.
+test("a reply and a FIN that come while the process is busy are in time", async () => {
+  const [[s, peer], [other, caller]] = [await pair(0.1), await pair()];
+  caller.send("?");
+  // After the turn of another socket, the timers are the first to be looked at.
   await other.recv(1);
+  const reply = recvAll(s, 16);
   const start = performance.now();
-  while (performance.now() - start < 300);
+  while (performance.now() - start < 200);
+  peer.send(BYE);
+  peer.socket.shutdown();
   expect([await reply, await s.recv(1)]).toEqual([BYE, Buffer.alloc(0)]);
 });
 
-test("a timeout counts the look-up, and a connection that is made too late is closed", async () => {
+test("a timeout counts the look-up, and closes a connection that is made too late", async () => {
   const { port, peer } = peerListens();
   const answer = Promise.withResolvers<Awaited<ReturnType<typeof Bun.dns.lookup>>>();
   const none = Promise.withResolvers<never>();
   using lookup = spyOn(Bun.dns, "lookup");
   lookup.mockReturnValueOnce(answer.promise).mockReturnValueOnce(none.promise);
   const error = { message: `cannot connect to ('name', ${port}): timed out`, code: "ETIMEDOUT" };
-  for (const _ of "12") await expect(connect("name", port, 0.1)).rejects.toMatchObject(error);
+  for (let i = 0; i < 2; i++)
+    expect(await failure(connect("name", port, 0.1))).toMatchObject(error);
   none.reject(new Error("too late"));
   answer.resolve([{ address: LOCALHOST, family: 4, ttl: 0 }]);
   expect(await (await peer).all()).toBe("");
@@ -672,22 +680,23 @@ test("an error says why a name was not found", async () => {
   ] as const) {
     lookup.mockRejectedValueOnce(Object.assign(new Error("?"), { code }));
     const message = `cannot resolve "it's\\x1b[2J": ${words}`;
-    await expect(connect("it's\x1b[2J")).rejects.toMatchObject({ message, code });
+    expect(await failure(connect("it's\x1b[2J"))).toMatchObject({ message, code });
   }
   lookup.mockResolvedValueOnce([]);
-  await expect(server("name")).rejects.toThrow("'name': name or service not known");
+  expect(`${await failure(server("name"))}`).toContain("'name': name or service not known");
+  expect(lookup).toHaveBeenLastCalledWith("name", { family: 4, backend: "system" });
 });
 
 test("an error says where it cannot connect or listen, and why", async () => {
   const [s] = await pair();
   const { port } = s.sockname; // which nobody listens on
-  const refused = `connect to ('127.0.0.1', ${port}): connection refused or host unreachable`;
-  await expect(connect(LOCALHOST, port)).rejects.toThrow(`cannot ${refused}`);
   const taken = await serving();
-  const inUse = `cannot listen at ('127.0.0.1', ${taken}): address already in use`;
-  await expect(server(LOCALHOST, taken)).rejects.toThrow(inUse);
-  await expect(connect("", 65536)).rejects.toThrow("cannot connect to ('0.0.0.0', 65536): ");
-  await expect(server("", -1)).rejects.toThrow("cannot listen at ('0.0.0.0', -1): ");
+  const failures = [connect(LOCALHOST, port), server(LOCALHOST, taken), server("", -1)];
+  expect((await Promise.all(failures.map(failure))).map(({ message }) => message)).toEqual([
+    `cannot connect to ('127.0.0.1', ${port}): connection refused or host unreachable`,
+    `cannot listen at ('127.0.0.1', ${taken}): address already in use`,
+    expect.stringMatching(/^cannot listen at \('0\.0\.0\.0', -1\): \S/),
+  ]);
 });
 
 test("a server prints what the original does for each client, and replies", async () => {
@@ -707,28 +716,31 @@ test("a server prints what the original does for each client, and replies", asyn
   expect([out, err]).toEqual([lines, []]);
 });
 
-test.each([0, 1, 15])("a server says which client ended after %p bytes", async (length) => {
-  const port = await serving();
-  const [ends, resets] = [await Peer.dial(port), await Peer.dial(port)];
-  for (const peer of [ends, resets]) if (length > 0) await peer.deliver(HI.subarray(0, length));
-  ends.socket.shutdown();
-  expect(await ends.all()).toBe("");
-  resets.socket.terminate();
-  expect(await printed(err, 2)).toEqual([
-    `${ends.name}: socket closed ${length} bytes into a 16-byte message`,
-    `${resets.name}: connection reset by peer`,
-  ]);
-  expect(await exchange(port)).toBe("Farewell, client");
-});
+test.each([0, 1, 15])(
+  "a server says which client ended or reset after %p bytes",
+  async (length) => {
+    const port = await serving();
+    const [ends, resets] = [await Peer.dial(port), await Peer.dial(port)];
+    for (const peer of [ends, resets]) if (length > 0) await peer.deliver(HI.subarray(0, length));
+    ends.socket.shutdown();
+    expect(await ends.all()).toBe("");
+    resets.socket.terminate();
+    expect(await printed(err, 2)).toEqual([
+      `${ends.name}: socket closed ${length} bytes into a 16-byte message`,
+      `${resets.name}: connection reset by peer`,
+    ]);
+    expect(await exchange(port)).toBe("Farewell, client");
+  },
+);
 
 test("a server says so when a client was gone before it had a name, and serves on", async () => {
   const port = await serving();
   const code = `for (const _ of "123") (await Bun.connect({ hostname: "${LOCALHOST}", port: ${port},
       socket: { data() {} } })).terminate();`;
-  // While this process waits for the other, it accepts nobody.
+  // While this process waits for the other, it accepts nobody. A kernel may drop them itself.
   run("-e", code);
-  expect(await printed(err, 3)).toEqual(Array(3).fill("a client: connection reset by peer"));
   expect(await exchange(port)).toBe("Farewell, client");
+  expect([[], Array(3).fill("a client: connection reset by peer")]).toContainEqual(err);
 });
 
 test("a server of one's own says in one line what went wrong with whom, and serves on", async () => {
@@ -752,11 +764,12 @@ test.each<[string, string, (peer: Peer) => unknown]>([
   ["byte by byte", "The server said 'Farewell, client'", (peer) => peer.deliver(...`${BYE}`)],
   ["too much", "The server said 'Farewell, client'", (peer) => peer.send(`${BYE}`.repeat(MiB))],
   ["too little", "socket closed 4 bytes into a 16-byte message", sendsPart],
-])("the client of a server that replies %s says: %s", async (_, outcome, reply) => {
+])("the client, when the server replies %s: %s", async (_, outcome, reply) => {
   const { port, peer } = peerListens();
   const asking = client(LOCALHOST, port).then(() => out[1]);
   await reply(await peer);
   expect(await asking.catch((error) => error.message)).toBe(outcome);
+  expect(await (await peer).all()).toBe(`${HI}`);
   expect(out[0]).toMatch(/^Client has been assigned socket name \('127\.0\.0\.1', \d+\)$/);
 });
 
@@ -765,12 +778,11 @@ test("the client says so when a server resets at once", async () => {
   using dialled = spyOn(Bun, "connect");
   dialled.mockImplementation(async ({ socket: { open } }) => (open?.(nameless as never), nameless));
   const message = "cannot connect to ('127.0.0.1', 1): connection reset by peer";
-  await expect(client(LOCALHOST, 1)).rejects.toMatchObject({ message, code: "ECONNRESET" });
+  expect(await failure(client(LOCALHOST, 1))).toMatchObject({ message, code: "ECONNRESET" });
 });
 
 test.each([
   [[], LOCALHOST],
-  [["localhost"], LOCALHOST],
   [["127.1"], LOCALHOST],
   [["127.0.0.010"], "127.0.0.8"],
   [[""], "0.0.0.0"],
@@ -782,9 +794,9 @@ test.each([
   dialled.mockImplementation((options) => dial({ ...options, ...here } as never) as never);
   void main(["server", ...host]);
   expect(await main(["client", ...host])).toBe(0);
+  expect(await printed(out, 9)).toContain("The server said 'Farewell, client'");
   for (const { mock } of [bound, dialled])
     expect(mock.calls[0]?.[0]).toMatchObject({ hostname, port: 1060 });
-  expect(await printed(out, 8)).toContain("The server said 'Farewell, client'");
 });
 
 test("the command line says in one line what is wrong", async () => {
@@ -801,7 +813,7 @@ test("the command line says in one line what is wrong", async () => {
 
 test("the command line serves on when its standard output is closed", async () => {
   const program = await serverProgram(false);
-  for (const _ of "123") expect(await exchange(program.port)).toBe("Farewell, client");
+  for (let i = 0; i < 3; i++) expect(await exchange(program.port)).toBe("Farewell, client");
 });
 
 /** Where port 1060 can be had: of 127.0.0.1, which all machines have, another program may hold it. */
@@ -810,7 +822,7 @@ const hosts = [`127.0.1.${Math.ceil(Math.random() * 250)}`, LOCALHOST].map((host
 );
 const host = await Promise.any(hosts).catch(() => "");
 const where = host ? "" : ", which another program holds,";
-const to = `on port 1060${where} both sides print what the original does, up to the %s`;
+const to = `on port 1060${where} both sides print what the original does, until %s`;
 test.skipIf(!host).each(["SIGINT", "SIGTERM"] as const)(to, async (signal) => {
   const program = new Program(["tcp_local.ts", "server", host]);
   await program.until((text) => text === `Listening at ('${host}', 1060)\n`);
@@ -823,10 +835,10 @@ test.skipIf(!host).each(["SIGINT", "SIGTERM"] as const)(to, async (signal) => {
   expect(run("tcp_local.ts", "server", host)).toEqual([1, "", inUse]);
   program.process.kill(signal);
   await program.process.exited;
-  expect(program.text).toBe(lines);
+  expect([program.process.signalCode, program.text]).toEqual([signal, lines]);
 });
 
-const readme = await Bun.file(`${import.meta.dir}/README.md`).text();
+const readme = await Bun.file(`${cwd}/README.md`).text();
 const [asking, echoing] = readme.match(/(?<=```ts\n)import .*?(?=```)/gs) ?? [];
 
 test("the README has a client that talks to the server", async () => {
@@ -837,8 +849,7 @@ test("the README has a client that talks to the server", async () => {
 
 test("the README has a server for messages with their length in front", async () => {
   const script = `${echoing}console.log(port)`.replace("1061", "0");
-  const code = script.replace("await", "const { port } = await");
-  const program = new Program(["-e", code]);
+  const program = new Program(["-e", script.replace("await", "const { port } = await")]);
   await program.until((text) => text.endsWith("\n"));
   const [polite, greedy] = [await Peer.dial(program.port), await Peer.dial(program.port)];
   const messages = "\0\0\0\x05first\0\0\0\x06second";
@@ -851,20 +862,20 @@ test("the README has a server for messages with their length in front", async ()
   await program.until((text) => text.split("\n").slice(1).join("\n") === line);
 });
 
-const withProc = test.skipIf(!existsSync("/proc/self/fd"));
+const withProc = test.skipIf(!hasProc);
 const descriptors = ({ process: { pid } }: Program) => readdirSync(`/proc/${pid}/fd`).length;
 /** The most memory that it has held so far, in bytes. */
 const peakMemory = ({ process: { pid } }: Program) =>
   1024 * Number(/(?<=VmHWM:\s+)\d+/.exec(readFileSync(`/proc/${pid}/status`, "latin1")));
 
-withProc("a server keeps 256 MiB behind a message out of memory", async () => {
+withProc("a server does not hold the 128 MiB that follow a message", async () => {
   const program = await serverProgram();
   await exchange(program.port);
   const before = peakMemory(program);
   for (const length of [15, 16, 17]) {
     const peer = await Peer.dial(program.port);
     peer.send(Buffer.alloc(length));
-    peer.send(Buffer.alloc(256 * MiB));
+    peer.send(Buffer.alloc(128 * MiB));
     expect(await peer.all()).toBe("Farewell, client");
     while (peer.unsent.length > 0) await once(events, "peer");
     expect(await exchange(program.port)).toBe("Farewell, client");
@@ -882,11 +893,11 @@ withProc("a server keeps nothing of a reset client, and little of a stalled one"
     if (i % 3 === 0) await exchange(program.port);
     peer.socket.terminate();
   }
-  const peers = await Promise.all(Array.from({ length: 500 }, () => Peer.dial(program.port)));
+  const peers = await Promise.all(Array.from({ length: 200 }, () => Peer.dial(program.port)));
   for (const peer of peers) peer.send("Hi ther");
   expect(await exchange(program.port)).toBe("Farewell, client");
-  for (const peer of peers.slice(250)) peer.send("e, server");
-  for (const peer of peers.slice(250)) expect(await peer.all()).toBe("Farewell, client");
+  for (const peer of peers.slice(100)) peer.send("e, server");
+  for (const peer of peers.slice(100)) expect(await peer.all()).toBe("Farewell, client");
   for (const peer of peers) peer.socket.end();
   do expect(await exchange(program.port)).toBe("Farewell, client");
   while (descriptors(program) > fds);

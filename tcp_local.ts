@@ -146,7 +146,7 @@ export class Connection {
   private receiving = false;
   private paused = false;
   private sending: Promise<boolean> | undefined;
-  private inTime = true; // false once a wait to send is over and no byte has moved
+  private stalled = false; // a wait to send has timed out, and no byte has moved since
   private wakeReader: (() => void) | undefined;
   private wakeWriter: (() => void) | undefined;
 
@@ -198,23 +198,23 @@ export class Connection {
   /**
    * Resolves when every byte of `data` is handed to the kernel. A string is sent as UTF-8.
    *
-   * Calls take turns, in their order. After one that rejects, nobody knows how much was sent.
+   * Calls take turns, and time out together. After one rejects, nobody knows how much was sent.
    */
   async sendAll(data: string | NodeJS.ArrayBufferView): Promise<void> {
-    this.inTime = true;
+    this.stalled = false; // What an earlier call met does not count.
     while (this.sending) await this.sending;
     for (let unsent = data; ;) {
       if (this.sendEnd) throw socketError(this.sendEnd);
       const sent = this.socket.write(unsent);
-      this.inTime ||= sent > 0;
+      if (sent > 0) this.stalled = false;
       if (sent === Buffer.byteLength(unsent)) return;
       if (sent < 0) throw socketError((this.sendEnd = "ECONNRESET"));
       // `drain` comes only when there is a lot of room, so one more write is tried when time is up.
-      if (!this.inTime) throw socketError("ETIMEDOUT");
+      if (this.stalled) throw socketError("ETIMEDOUT");
       const view = typeof unsent === "string" ? Buffer.from(unsent) : unsent;
       unsent = new Uint8Array(view.buffer, view.byteOffset + sent, view.byteLength - sent);
       this.sending = waitFor(this.timeout, (wake) => (this.wakeWriter = wake));
-      this.inTime = await this.sending;
+      this.stalled = !(await this.sending);
       this.sending = undefined;
     }
   }
@@ -235,7 +235,7 @@ export class Connection {
     this.socket.resume();
     if (linger) setTimeout(() => this.socket.end(), 4000).unref();
     else this.socket.end();
-    this.closed();
+    this.closed(); // which wakes whoever waits
   }
 
   [Symbol.dispose](): void {
