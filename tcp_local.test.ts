@@ -25,7 +25,7 @@ Object.assign(Connection.handlers, {
 } satisfies typeof Connection.handlers);
 
 /** `line`: this process has printed one. */
-const [out, err]: string[][] = [[], []];
+const [out, err]: [string[], string[]] = [[], []];
 const collect = (lines: string[]) => (text: string) =>
   void events.emit("line", lines.push(...text.split("\n")));
 spyOn(console, "log").mockImplementation(collect(out));
