@@ -12,7 +12,7 @@ const hasProc = existsSync("/proc/self/fd");
 const HI = Buffer.from("Hi there, server");
 const BYE = Buffer.from("Farewell, client");
 const MiB = 2 ** 20;
-setDefaultTimeout(60_000); // Bun's 5 seconds are too few for a slow or busy machine.
+setDefaultTimeout(30_000); // Bun's 5 seconds are too few for a slow or busy machine.
 
 // ---- What the tests hear, and what they play ----------------------------------------------------
 const events = new EventEmitter();
@@ -171,7 +171,7 @@ async function serverProgram(hears?: boolean): Promise<Program> {
 /** The exit status of a process of Bun, and what it prints. */
 function run(...args: string[]): [status: number, out: string, err: string] {
   const command = [process.execPath, ...args];
-  const { exitCode, stdout, stderr } = Bun.spawnSync(command, { cwd, timeout: 30_000 });
+  const { exitCode, stdout, stderr } = Bun.spawnSync(command, { cwd, timeout: 20_000 });
   return [exitCode, `${stdout}`, `${stderr}`];
 }
 
