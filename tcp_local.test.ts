@@ -38,7 +38,7 @@ async function printed(lines: string[], length: number): Promise<string[]> {
   return lines.splice(0);
 }
 
-/** What a promise rejects with. Unlike `rejects`, it lets the time of a test run out. */
+/** What a promise rejects with. Unlike `rejects`, it lets a test time out. */
 const failure = (promise: Promise<unknown>) => promise.catch((error) => error);
 
 /** The other end of a connection. `peer` is the event that it has sent what it could. */
@@ -135,7 +135,7 @@ function transcript(host: string, port: number, peername: string, message: strin
 class Program {
   text = ""; // of both streams
   readonly process;
-  /** If `hears` is false, its streams are closed after the first that it prints. */
+  /** If `hears` is false, its streams are closed after their first output. */
   constructor(code: string[], hears = true) {
     const args = [process.execPath, ...code];
     this.process = Bun.spawn(args, { cwd, stdout: "pipe", stderr: "pipe" });
@@ -229,7 +229,7 @@ test("recvAll passes an error on as it is, also after the first piece", async ()
   for (let i = 0; i < 2; i++) expect(await failure(recvAll({ recv }, 16))).toBe(error);
 });
 
-test("recvAll refuses what is given in the place of bytes", async () => {
+test("recvAll refuses anything but bytes from recv", async () => {
   for (const given of [{}, undefined, "a string", new ArrayBuffer(4), new Uint16Array(4)]) {
     const recv = async () => given as Uint8Array;
     expect(await failure(recvAll({ recv }, 16))).toBeInstanceOf(TypeError);
@@ -554,7 +554,7 @@ test("a connection puts messages of many sizes together from pieces of many size
   }
 });
 
-test("a connection leaves what nobody reads with the peer, and loses nothing of it", async () => {
+test("a connection makes the peer hold what nobody reads yet, and loses none of it", async () => {
   const [[unread, peer], [read, other]] = [await pair(), await pair()];
   const bytes = Buffer.alloc(64 * MiB, "0123456789abcde");
   for (const sender of [peer, other]) sender.send(bytes);
@@ -566,7 +566,7 @@ test("a connection leaves what nobody reads with the peer, and loses nothing of 
 test("a connection gives the bytes before a reset, then the error, also after a failed write", async () => {
   for (const data of [undefined, HI]) {
     const [s, peer] = await pair();
-    // In two pieces they pause the socket. Only Linux was seen to hand over what is behind them.
+    // Two pieces pause the socket. Only Linux was seen to deliver the bytes sent after that.
     await peer.deliver(...(hasProc ? ["ab", "cd"] : ["abcd"]));
     peer.send("ef");
     peer.socket.terminate();
@@ -593,7 +593,7 @@ test("a connection brings all that was sent before the close, and then frees its
     await recvAll(s, 16);
     await s.sendAll(Buffer.alloc(${16 * MiB}));
     s.close();
-    setTimeout(() => process.exit(1), 2000).unref(); // never comes to it if nothing holds it`;
+    setTimeout(() => process.exit(1), 2000).unref(); // never runs if the process can end`;
   const program = new Program(["-e", code]);
   (await peer).send(Buffer.alloc(17)); // of which one is unread at the close
   (await peer).socket.shutdown();
@@ -725,7 +725,7 @@ test.each([0, 1, 15])(
   },
 );
 
-test("a server says so when a client was gone before it had a name, and serves on", async () => {
+test("a server reports a client gone before its address was read, and goes on", async () => {
   const port = await serving();
   const code = `for (const _ of "123") (await Bun.connect({ hostname: "${LOCALHOST}", port: ${port},
       socket: { data() {} } })).terminate();`;
@@ -735,7 +735,7 @@ test("a server says so when a client was gone before it had a name, and serves o
   expect([[], Array(3).fill("a client: connection reset by peer")]).toContainEqual(err);
 });
 
-test("a server of one's own says in one line what went wrong with whom, and serves on", async () => {
+test("a custom server reports in one line who failed and why, and goes on serving", async () => {
   const errors = [new Error("in two\nlines"), "a string"];
   const serve = async (sc: Connection) => {
     if (errors.length > 0) throw errors.shift();
@@ -779,7 +779,7 @@ test.each([
   [["127.1"], LOCALHOST],
   [["127.0.0.010"], "127.0.0.8"],
   [[""], "0.0.0.0"],
-])("the command line takes %j for the host %p, and the port 1060", async (host, hostname) => {
+])("given %j, the command line uses host %p and port 1060", async (host, hostname) => {
   const [listener, dial] = [await server(LOCALHOST, 0), Bun.connect<Connection>];
   const here = { hostname: LOCALHOST, port: await serving(Promise.resolve(listener)) };
   using bound = spyOn(Bun, "listen").mockReturnValue(listener as never);
@@ -809,7 +809,7 @@ test("the command line serves on when its standard output is closed", async () =
   for (let i = 0; i < 3; i++) expect(await exchange(program.port)).toBe("Farewell, client");
 });
 
-/** Where port 1060 can be had: of 127.0.0.1, which all machines have, another program may hold it. */
+/** An address with port 1060 free: on 127.0.0.1, which every machine has, it may be taken. */
 const hosts = [`127.0.1.${Math.ceil(Math.random() * 250)}`, LOCALHOST].map((host) =>
   listen(host, 1060, () => {}).then((listener) => (listener.stop(), host)),
 );

@@ -121,8 +121,8 @@ const NOTHING: Buffer = Buffer.alloc(0);
 /**
  * A TCP connection with the calls of a blocking socket: await them where Python blocks.
  *
- * A wait for the peer ends with `timed out` (`ETIMEDOUT`) when no byte has moved for `timeout`
- * seconds. If the connection breaks, it ends with the error of the socket, such as `ECONNRESET`.
+ * A call that waits `timeout` seconds and moves no byte ends with `timed out` (`ETIMEDOUT`). If the
+ * connection breaks, a call ends with the error of the socket, such as `ECONNRESET`.
  * If this process cuts it off, as `listener.stop(true)` does, the error is `ECONNABORTED`.
  *
  * A connection keeps the process alive until it is closed, so declare it with `using`.
