@@ -19,8 +19,8 @@ import type { Socket, SocketHandler, TCPSocketListener } from "bun";
 export const PORT = 1060;
 
 /**
- * The stream ended before the message did: of `expected` bytes, only `partial` came. It is empty if
- * the stream ended between two messages.
+ * The stream ended before the message did: of `expected` bytes, only `partial` came, which is empty
+ * if the stream ended between two messages.
  */
 export class EOFError extends Error {
   override readonly name = "EOFError";
@@ -122,8 +122,8 @@ const NOTHING: Buffer = Buffer.alloc(0);
  * A TCP connection with the calls of a blocking socket: await them where Python blocks.
  *
  * A call that waits `timeout` seconds and moves no byte ends with `timed out` (`ETIMEDOUT`). If the
- * connection breaks, a call ends with the error of the socket, such as `ECONNRESET`.
- * If this process cuts it off, as `listener.stop(true)` does, the error is `ECONNABORTED`.
+ * connection breaks, a call ends with the error of the socket, such as `ECONNRESET`. If this
+ * process cuts the connection off, as `listener.stop(true)` does, the error is `ECONNABORTED`.
  *
  * A connection keeps the process alive until it is closed, so declare it with `using`.
  */
@@ -224,7 +224,7 @@ export class Connection {
    * waits rejects with `EBADF`. A second `close` does nothing.
    *
    * Closing a socket with bytes unread would reset the connection, and the peer could lose what
-   * was sent. So then this discards what comes until the peer closes too, or for 4 seconds.
+   * was sent. So then this discards what comes until the peer closes too, for 4 seconds at most.
    */
   close(): void {
     if (this.sendEnd === "EBADF") return;
@@ -292,7 +292,7 @@ export async function connect(
   const connecting = dial(host, port, timeout);
   if (await waitFor(timeout, (wake) => connecting.then(wake, wake))) return connecting;
   connecting.then((connection) => connection.close()).catch(() => {});
-  throw explain(socketError("ETIMEDOUT"), `cannot connect to (${repr(host)}, ${port})`);
+  throw socketError("ETIMEDOUT", `cannot connect to (${repr(host)}, ${port}): `);
 }
 
 async function dial(host: string, port: number, timeout: number): Promise<Connection> {
@@ -361,21 +361,21 @@ async function gethostbyname(host: string): Promise<string> {
   }
 }
 
-/** Words for the codes that the platform has none for, or that mean something else here. */
-const WORDS: Record<string, string> = {
-  DNS_EAI_AGAIN: "temporary failure in name resolution",
-  DNS_EBADFAMILY: "address family for hostname not supported",
-  DNS_ENOTFOUND: "name or service not known",
-  EBADF: "the connection is closed",
-  ECONNABORTED: "the connection was cut off",
-  ECONNREFUSED: "connection refused or host unreachable", // Bun has one code for both
-  ETIMEDOUT: "timed out",
-};
+/** The platform's words for its codes, and ours where it has none or they mean something else. */
+const WORDS: Map<string, string> = new Map([
+  ...getSystemErrorMap().values(),
+  ["DNS_EAI_AGAIN", "temporary failure in name resolution"],
+  ["DNS_EBADFAMILY", "address family for hostname not supported"],
+  ["DNS_ENOTFOUND", "name or service not known"],
+  ["EBADF", "the connection is closed"],
+  ["ECONNABORTED", "the connection was cut off"],
+  ["ECONNREFUSED", "connection refused or host unreachable"], // Bun has one code for both
+  ["ETIMEDOUT", "timed out"],
+]);
 
 /** An error with an errno `code`, in words; `otherwise` is for a code that has none. */
 function socketError(code: string, prefix = "", otherwise = code): Error {
-  const words = WORDS[code] ?? new Map(getSystemErrorMap().values()).get(code) ?? otherwise;
-  return Object.assign(new Error(prefix + words), { code });
+  return Object.assign(new Error(prefix + (WORDS.get(code) ?? otherwise)), { code });
 }
 
 function explain(error: unknown, subject: string): Error {
