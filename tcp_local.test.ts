@@ -1,282 +1,1963 @@
-import { afterEach, beforeEach, expect, setDefaultTimeout, spyOn, test } from "bun:test";
+/**
+ * The tests of tcp_local.ts, in the order of its README: `recvAll`, the methods of a connection,
+ * `connect`, `listen`, the program, the README's own scripts, many clients at once, and last every
+ * order of events, against a model.
+ *
+ * In most of them, `sock` is a connection of the module, and `peer` is the other end of it: a
+ * socket of `node:net`. To add a test, copy this one into the `describe` that it belongs to:
+ *
+ *     test("recv resolves to what the peer has sent", async () => {
+ *       const { sock, peer } = await pair();
+ *       peer.write("hello");
+ *       expect(String(await sock.recv(100))).toBe("hello");
+ *     });
+ *
+ * What the tests share (`pair`, `failure`, `serving`, …) stands at the end of the file.
+ */
+import { afterEach, describe, expect, setDefaultTimeout, spyOn, test } from "bun:test";
 import { drainMicrotasks } from "bun:jsc";
-import { EventEmitter, once } from "node:events";
+import { once } from "node:events";
 import { existsSync, readdirSync, readFileSync } from "node:fs";
+import * as net from "node:net";
+import { format } from "node:util";
 import type { Socket } from "bun";
-import { client, connect, Connection, EOFError, listen } from "./tcp_local.ts";
-import { main, recvAll, repr, server } from "./tcp_local.ts";
+import * as program from "./tcp_local.ts";
+import { connect, Connection, EOFError, listen, recvAll, repr, SocketError } from "./tcp_local.ts";
 
-const LOCALHOST = "127.0.0.1";
-const cwd = import.meta.dir;
-const hasProc = existsSync("/proc/self/fd");
-const HI = Buffer.from("Hi there, server");
-const BYE = Buffer.from("Farewell, client");
 const MiB = 2 ** 20;
+const MESSAGE = Buffer.from("Hi there, server");
+const HAS_PROC = existsSync("/proc/self/fd"); // Linux
 setDefaultTimeout(30_000); // Bun's 5 seconds are too few for a slow or busy machine.
 
-// ---- What the tests hear, and what they play ----------------------------------------------------
-const events = new EventEmitter();
-
-/** `data` and `close`: what Bun has told a connection of the module. */
-const { data, close } = Connection.handlers;
-Object.assign(Connection.handlers, {
-  data: (...args) => void events.emit("data", data?.(...args)),
-  close: (...args) => void events.emit("close", close?.(...args)),
-} satisfies typeof Connection.handlers);
-
-/** `line`: this process has printed one. */
-const [out, err]: [string[], string[]] = [[], []];
-const collect = (lines: string[]) => (text: string) =>
-  void events.emit("line", lines.push(...text.split("\n")));
-spyOn(console, "log").mockImplementation(collect(out));
-spyOn(console, "error").mockImplementation(collect(err));
-beforeEach(() => void (out.length = err.length = 0));
-
-/** Resolves once there are `length` lines, and takes them away. */
-async function printed(lines: string[], length: number): Promise<string[]> {
-  while (lines.length < length) await once(events, "line");
-  return lines.splice(0);
-}
-
-/** What a promise rejects with. Unlike `rejects`, it lets a test time out. */
-const failure = (promise: Promise<unknown>) => promise.catch((error) => error);
-
-/** The other end of a connection. `peer` is the event that it has sent what it could. */
-class Peer {
-  received = Buffer.alloc(0);
-  unsent = Buffer.alloc(0);
-  readonly ended = Promise.withResolvers<void>();
-  readonly closed = Promise.withResolvers<"in order" | "by a reset">();
-  readonly name: string;
-  static readonly handlers = {
-    open: (socket: Socket<Peer>) => void (socket.data = new Peer(socket)),
-    data: ({ data: peer }: Socket<Peer>, bytes: Buffer) =>
-      void (peer.received = Buffer.concat([peer.received, bytes])),
-    drain: ({ data: peer }: Socket<Peer>) => peer.send(""),
-    end: ({ data: peer }: Socket<Peer>) => peer.ended.resolve(),
-    close: ({ data: peer }: Socket<Peer>, error?: Error) => {
-      peer.ended.resolve();
-      peer.closed.resolve(error ? "by a reset" : "in order");
-      peer.send("");
-    },
-  };
-  constructor(readonly socket: Socket<Peer>) {
-    this.name = `('${socket.localAddress}', ${socket.localPort})`;
-  }
-  static async dial(port: number): Promise<Peer> {
-    const [hostname, socket] = [LOCALHOST, Peer.handlers];
-    return (await Bun.connect<Peer>({ hostname, port, allowHalfOpen: true, socket })).data;
-  }
-  send(bytes: Buffer | string): void {
-    const more = typeof bytes === "string" ? Buffer.from(bytes) : bytes;
-    if (more.length > 0) this.unsent = Buffer.concat([this.unsent, more]);
-    const sent = this.socket.write(this.unsent);
-    this.unsent = this.unsent.subarray(sent < 0 ? this.unsent.length : sent);
-    events.emit("peer");
-  }
-  /** Sends each piece once the connection of the module has the one before it. */
-  async deliver(...pieces: (Buffer | string)[]): Promise<void> {
-    for (const piece of pieces) {
-      this.send(piece);
-      await once(events, "data");
+describe("recvAll", () => {
+  test("puts a message together from each of the 32,768 ways to cut it", async () => {
+    for (let cuts = 0; cuts < 2 ** 15; cuts += 1) {
+      const sock = scripted(cut(MESSAGE, cuts));
+      const message = await recvAll(sock, 16);
+      if (!message.equals(MESSAGE)) {
+        throw new Error(`cuts ${cuts.toString(2)}: got ${message}, want ${MESSAGE}`);
+      }
     }
-  }
-  /** What came, once the stream has ended. */
-  async all(): Promise<string> {
-    await this.ended.promise;
-    return this.received.toString("latin1");
-  }
-}
+  });
+
+  test("puts messages together that a peer sends byte by byte", async () => {
+    const { sock, peer } = await pair();
+    const first = recvAll(sock, 16);
+    for (const byte of MESSAGE) {
+      peer.write(Buffer.of(byte));
+      await eventLoopTurn(); // The byte arrives by itself.
+    }
+    peer.write("and one more");
+    expect(await first).toEqual(MESSAGE);
+    expect(String(await recvAll(sock, 12))).toBe("and one more");
+  });
+
+  test("never asks for more bytes than are missing", async () => {
+    const sock = scripted([Buffer.from("Hi there"), Buffer.from(", "), Buffer.from("server")]);
+    await recvAll(sock, 16);
+    expect(sock.asked).toEqual([16, 8, 6]);
+  });
+
+  test("resolves to a buffer that is the caller's own", async () => {
+    const piece = Buffer.from(MESSAGE);
+    const message = await recvAll(scripted([piece]), 16);
+    piece.fill("x");
+    expect(message).toEqual(MESSAGE);
+    expect(message.buffer.byteLength).toBe(16);
+  });
+
+  test("reads nothing for a length of 0", async () => {
+    const sock = scripted([MESSAGE]);
+    expect(await recvAll(sock, 0)).toEqual(Buffer.alloc(0));
+    expect(sock.asked).toEqual([]);
+  });
+
+  const invalidLengths = [-1, 1.5, NaN, Infinity];
+  test.each(invalidLengths)("refuses a length of %p, and reads nothing", async (length) => {
+    const sock = scripted([MESSAGE]);
+    const error = await failure(recvAll(sock, length));
+    expect(error).toBeInstanceOf(RangeError);
+    expect(error).toMatchObject({
+      message: `recvAll takes 0 or a positive integer, not ${length}`,
+    });
+    expect(sock.asked).toEqual([]);
+  });
+
+  const lengths = [...MESSAGE.keys()]; // 0 to 15
+  test.each(lengths)("says so when the stream ends after %p of 16 bytes", async (length) => {
+    const partial = MESSAGE.subarray(0, length);
+    const error = await failure(recvAll(scripted(cut(partial, 0b100100)), 16));
+    expect(error).toBeInstanceOf(EOFError);
+    expect(error).toMatchObject({
+      name: "EOFError",
+      message: `socket closed ${length} bytes into a 16-byte message`,
+      partial,
+      expected: 16,
+    });
+  });
+
+  test("passes on an error of recv as it is, also in the middle of a message", async () => {
+    const error = new Error("no luck");
+    const pieces = [MESSAGE.subarray(0, 5)];
+    async function recv(): Promise<Buffer> {
+      const piece = pieces.shift();
+      if (!piece) throw error;
+      return piece;
+    }
+    expect(await failure(recvAll({ recv }, 16))).toBe(error);
+  });
+
+  const notBytes = [{}, undefined, "a string", new ArrayBuffer(4), new Uint16Array(4)];
+  test.each(notBytes)("refuses a recv that resolves to %p", async (given) => {
+    const recv = async () => given as Uint8Array;
+    const error = await failure(recvAll({ recv }, 16));
+    expect(error).toBeInstanceOf(TypeError);
+    expect(error).toMatchObject({ message: "recv must resolve to bytes" });
+  });
+
+  test("copies each byte once, however many pieces there are", async () => {
+    const piece = Buffer.alloc(4096, "x");
+    const start = performance.now();
+    const message = await recvAll({ recv: async () => piece }, 64 * MiB);
+    const milliseconds = performance.now() - start;
+    expect(message.equals(Buffer.alloc(64 * MiB, "x"))).toBeTrue();
+    // To concatenate at each piece would copy 512 GiB.
+    expect(milliseconds).toBeLessThan(4000);
+  });
+});
+
+describe("recv", () => {
+  test("resolves to what the peer has sent", async () => {
+    const { sock, peer } = await pair();
+    peer.write("hello");
+    expect(String(await sock.recv(100))).toBe("hello");
+  });
+
+  test("waits until the peer sends", async () => {
+    const { sock, peer } = await pair();
+    const receiving = sock.recv(100);
+    await eventLoopTurn();
+    peer.write("hello");
+    expect(String(await receiving)).toBe("hello");
+  });
+
+  test("leaves what does not fit for the next call", async () => {
+    const { sock, peer } = await pair();
+    peer.write("hello");
+    expect(String(await sock.recv(2))).toBe("he");
+    expect(String(await sock.recv(100))).toBe("llo");
+  });
+
+  test("resolves to no bytes at the end of the stream, again and again", async () => {
+    const { sock, peer } = await pair();
+    peer.end();
+    expect(await sock.recv(1)).toHaveLength(0);
+    expect(await sock.recv(1)).toHaveLength(0);
+  });
+
+  test("gives what arrived before a reset, and then rejects, again and again", async () => {
+    const { sock, peer } = await pair();
+    peer.write("hello");
+    expect(String(await sock.recv(2))).toBe("he"); // The rest has arrived, too.
+    peer.resetAndDestroy();
+    await once(peer, "close");
+    expect(String(await sock.recv(100))).toBe("llo");
+    const reset = { name: "SocketError", code: "ECONNRESET", message: "connection reset by peer" };
+    expect(await failure(sock.recv(100))).toMatchObject(reset);
+    expect(await failure(sock.recv(100))).toMatchObject(reset);
+  });
+
+  test("gives what arrived before a reset that a sendAll met first", async () => {
+    const { sock, peer } = await pair();
+    peer.write("hello");
+    expect(String(await sock.recv(2))).toBe("he");
+    peer.resetAndDestroy();
+    // The kernel has the reset. Bun hears of it when the event loop turns, a write at once.
+    expect(await failure(sock.sendAll("x"))).toMatchObject({ code: "ECONNRESET" });
+    expect(String(await sock.recv(100))).toBe("llo");
+    expect(await failure(sock.recv(100))).toMatchObject({ code: "ECONNRESET" });
+  });
+
+  test("says EPIPE when a reset follows the end of the stream", async () => {
+    const { sock, peer } = await pair();
+    peer.end();
+    expect(await sock.recv(1)).toHaveLength(0);
+    peer.resetAndDestroy();
+    await once(peer, "close");
+    expect(await failure(sock.sendAll("x"))).toMatchObject({
+      code: "EPIPE",
+      message: "broken pipe",
+    });
+  });
+
+  const invalidLengths = [0, -1, 1.5, NaN, Infinity];
+  test.each(invalidLengths)("refuses a maxLength of %p, and receives nothing", async (length) => {
+    const { sock, peer } = await pair();
+    peer.write("hello");
+    const error = await failure(sock.recv(length));
+    expect(error).toBeInstanceOf(RangeError);
+    expect(error).toMatchObject({ message: `recv takes a positive integer, not ${length}` });
+    expect(String(await sock.recv(100))).toBe("hello");
+  });
+
+  test("gives a part of a message to a caller who asks for 2 ** 53 bytes", async () => {
+    const { sock, peer } = await pair();
+    peer.write("hello");
+    expect(String(await sock.recv(2))).toBe("he");
+    expect(String(await sock.recv(2 ** 53))).toBe("llo");
+  });
+
+  test("resolves to memory that the caller may give away", async () => {
+    const { sock, peer } = await pair();
+    peer.write("hello, world");
+    const hello = await sock.recv(5);
+    structuredClone(hello, { transfer: [hello.buffer as ArrayBuffer] }); // as to a worker
+    const comma = await sock.recv(2);
+    structuredClone(comma, { transfer: [comma.buffer as ArrayBuffer] });
+    expect(String(await sock.recv(100))).toBe("world");
+  });
+
+  test("keeps no large piece in memory for the sake of a small part", async () => {
+    const { sock, peer } = await pair();
+    peer.write(Buffer.alloc(100_000));
+    const first = await sock.recv(1);
+    await recvAll(sock, 99_998);
+    const last = await sock.recv(100);
+    expect(first.buffer.byteLength).toBe(1);
+    expect(last.buffer.byteLength).toBe(1);
+  });
+
+  test("refuses a second reader at any time before the first goes on, and does not disturb it", async () => {
+    for (let microtasks = 0; microtasks < 8; microtasks += 1) {
+      const { sock, peer } = await pair();
+      peer.write("Hi the");
+      expect(String(await sock.recv(1))).toBe("H"); // So the rest has arrived.
+      const first = recvAll(sock, 15);
+      for (let i = 0; i < microtasks; i += 1) await null;
+      expect(await failure(recvAll(sock, 15))).toMatchObject({
+        name: "Error",
+        message: "recv called while another recv is pending",
+      });
+      peer.write("re, server");
+      expect(String(await first)).toBe("i there, server");
+    }
+  });
+
+  test("gives the bytes that are there although the connection is closed in the same tick", async () => {
+    for (let i = 0; i < 320; i += 1) {
+      const { sock, peer } = await pair();
+      peer.write("hello!");
+      await sock.recv(1);
+      const receiving = sock.recv(5);
+      sock.close();
+      expect(String(await receiving)).toBe("ello!");
+    }
+  });
+
+  test("leaves in the kernel what nobody reads, which makes the peer wait, and loses none of it", async () => {
+    const { sock, peer } = await pair();
+    const data = Buffer.alloc(64 * MiB, "0123456789abcde");
+    const other = await pair();
+    peer.write(data);
+    other.peer.write(data);
+    await recvAll(other.sock, data.length); // By now the first peer, too, has sent all it could.
+    expect(peer.writableLength).toBeGreaterThan(data.length / 2);
+    const received = await recvAll(sock, data.length);
+    expect(received.equals(data)).toBeTrue();
+  });
+
+  test("lets others have a turn after 64 calls that need not wait", async () => {
+    const { sock, peer } = await pair();
+    peer.write(Buffer.alloc(100));
+    await sock.recv(1); // So the other 99 have arrived.
+    let hasTurned = false;
+    setImmediate(() => {
+      hasTurned = true;
+    });
+    for (let i = 0; i < 64; i += 1) await sock.recv(1);
+    expect(hasTurned).toBeTrue();
+  });
+
+  test("counts the 64 calls over all connections", async () => {
+    const socks: Connection[] = [];
+    for (let i = 0; i < 64; i += 1) {
+      const { sock, peer } = await pair();
+      peer.write("hello");
+      await sock.recv(1);
+      socks.push(sock);
+    }
+    let hasTurned = false;
+    setImmediate(() => {
+      hasTurned = true;
+    });
+    for (const sock of socks) await sock.recv(1);
+    expect(hasTurned).toBeTrue();
+  });
+});
+
+describe("sendAll", () => {
+  const bytes = new Uint8Array([0, 1, 2, 253, 254, 255]);
+  const shared = new SharedArrayBuffer(2);
+  new Uint8Array(shared).set([7, 8]);
+  const payloads = [
+    { kind: "a string, as UTF-8", data: "größer", sent: Buffer.from("größer") },
+    { kind: "no bytes", data: "", sent: Buffer.alloc(0) },
+    { kind: "an ArrayBuffer", data: bytes.buffer, sent: Buffer.from(bytes) },
+    { kind: "a SharedArrayBuffer", data: shared, sent: Buffer.of(7, 8) },
+    {
+      kind: "the part that a view shows",
+      data: bytes.subarray(2, 5),
+      sent: Buffer.of(2, 253, 254),
+    },
+    {
+      kind: "elements of two bytes",
+      data: new Uint16Array(bytes.buffer, 2, 2),
+      sent: Buffer.of(2, 253, 254, 255),
+    },
+    {
+      kind: "a DataView",
+      data: new DataView(bytes.buffer, 1, 3),
+      sent: Buffer.of(1, 2, 253),
+    },
+  ];
+  test.each(payloads)("sends $kind", async ({ data, sent }) => {
+    const { sock, peer } = await pair();
+    await sock.sendAll(data);
+    sock.close();
+    expect(await receivedBy(peer)).toEqual(sent);
+  });
+
+  const notBytes = [
+    { kind: "a Blob", data: new Blob(["x"]) },
+    { kind: "a String object", data: new String("x") },
+    { kind: "a number", data: 1 },
+    { kind: "an array", data: [1] },
+    { kind: "undefined", data: undefined },
+    { kind: "null", data: null },
+  ];
+  test.each(notBytes)("refuses $kind before a byte is sent", async ({ data }) => {
+    const { sock, peer } = await pair();
+    const error = await failure(sock.sendAll(data as string));
+    sock.close();
+    expect(error).toBeInstanceOf(TypeError);
+    expect(error).toMatchObject({ message: "sendAll takes a string or bytes" });
+    expect(await receivedBy(peer)).toHaveLength(0);
+  });
+
+  test("sends all 32 MiB of an ArrayBuffer to a peer that begins to read late, none of it twice", async () => {
+    const { sock, peer } = await pair();
+    const data = Buffer.alloc(32 * MiB, "0123456789abcde");
+    const sending = sock.sendAll(data.buffer);
+    await eventLoopTurn(); // The kernel is full before the peer begins to read.
+    const reading = receivedBy(peer);
+    await sending;
+    sock.close();
+    const received = await reading;
+    expect(received.equals(data)).toBeTrue();
+  });
+
+  test("sends in the order of the calls, also of those that wait", async () => {
+    const { sock, peer } = await pair();
+    const calls = ["a", "b", "c", "d"].map((letter) => sock.sendAll(Buffer.alloc(8 * MiB, letter)));
+    const reading = receivedBy(peer);
+    await Promise.all(calls);
+    sock.close();
+    const received = String(await reading);
+    expect(received.length).toBe(32 * MiB);
+    expect(received.replaceAll(/(.)\1+/g, "$1")).toBe("abcd");
+  });
+
+  test("sends at once what the kernel has room for, so that a close right after it takes none back", async () => {
+    const { sock, peer } = await pair();
+    // Over 64 calls, one of which lets others have a turn.
+    const calls: Promise<void>[] = [];
+    for (let i = 0; i < 100; i += 1) calls.push(sock.sendAll("x"));
+    sock.close();
+    expect(await receivedBy(peer)).toHaveLength(100);
+    await Promise.all(calls);
+  });
+
+  test("rejects if its buffer is transferred while it is being sent", async () => {
+    const { sock, peer } = await pair();
+    const data = new ArrayBuffer(32 * MiB);
+    const sending = sock.sendAll(data);
+    structuredClone(data, { transfer: [data] });
+    peer.resume();
+    expect(await failure(sending)).toBeInstanceOf(Error);
+  });
+
+  test("rejects if its buffer is transferred while it waits for its turn", async () => {
+    const { sock, peer } = await pair();
+    const first = sock.sendAll(new ArrayBuffer(32 * MiB));
+    const data = new ArrayBuffer(10);
+    const second = failure(sock.sendAll(data));
+    structuredClone(data, { transfer: [data] });
+    peer.resume();
+    await first;
+    expect(await second).toBeInstanceOf(Error);
+  });
+
+  test("rejects with an error whose stack leads to its own caller, also if it waited for another", async () => {
+    const { sock } = await pair(0.05);
+    async function firstCaller(): Promise<void> {
+      await sock.sendAll(Buffer.alloc(32 * MiB));
+    }
+    async function secondCaller(): Promise<void> {
+      await sock.sendAll("x");
+    }
+    const first = failure(firstCaller());
+    const second = failure(secondCaller());
+    expect(((await first) as Error).stack).toContain("firstCaller");
+    expect(((await second) as Error).stack).toContain("secondCaller");
+  });
+
+  test("rejects if a call that it waits for rejects", async () => {
+    const { sock, peer } = await pair();
+    const first = sock.sendAll(Buffer.alloc(32 * MiB));
+    const second = sock.sendAll("x");
+    peer.resetAndDestroy();
+    expect(await failure(first)).toMatchObject({ code: "ECONNRESET" });
+    expect(await failure(second)).toMatchObject({ code: "ECONNRESET" });
+  });
+
+  test("lets others have a turn after 64 calls that need not wait", async () => {
+    const { sock } = await pair();
+    let hasTurned = false;
+    setImmediate(() => {
+      hasTurned = true;
+    });
+    for (let i = 0; i < 64; i += 1) await sock.sendAll("x");
+    expect(hasTurned).toBeTrue();
+  });
+});
+
+describe("shutdown", () => {
+  test("lets the peer read to the end, and then answer", async () => {
+    const { sock, peer } = await pair();
+    await sock.sendAll("How long is this?");
+    sock.shutdown();
+    const question = await receivedBy(peer);
+    peer.end(`${question.length} bytes`);
+    expect(String(await recvAll(sock, 8))).toBe("17 bytes");
+    expect(await sock.recv(1)).toHaveLength(0);
+  });
+
+  test("makes a sendAll reject that waits, and any after it", async () => {
+    const { sock } = await pair();
+    const waiting = sock.sendAll(Buffer.alloc(32 * MiB));
+    sock.shutdown();
+    const broken = { name: "SocketError", code: "EPIPE", message: "broken pipe" };
+    expect(await failure(waiting)).toMatchObject(broken);
+    expect(await failure(sock.sendAll("x"))).toMatchObject(broken);
+    expect(await failure(sock.sendAll(""))).toMatchObject(broken);
+  });
+
+  test("changes nothing when it is called again, or after a close", async () => {
+    const { sock, peer } = await pair();
+    sock.shutdown();
+    sock.shutdown();
+    peer.end("hello");
+    expect(String(await sock.recv(100))).toBe("hello");
+    sock.close();
+    sock.shutdown();
+    expect(await failure(sock.sendAll("x"))).toMatchObject({ code: "EBADF" });
+  });
+
+  test("does not hide a reset that a sendAll has met", async () => {
+    const { sock, peer } = await pair();
+    peer.write("half an answer");
+    expect(String(await sock.recv(4))).toBe("half");
+    peer.resetAndDestroy();
+    expect(await failure(sock.sendAll("x"))).toMatchObject({ code: "ECONNRESET" });
+    sock.shutdown();
+    expect(String(await sock.recv(100))).toBe(" an answer");
+    expect(await failure(sock.recv(100))).toMatchObject({ code: "ECONNRESET" });
+  });
+
+  test("does not hide a reset that comes after it", async () => {
+    const { sock, peer } = await pair();
+    sock.shutdown();
+    peer.resetAndDestroy();
+    expect(await failure(sock.recv(100))).toMatchObject({ code: "ECONNRESET" });
+  });
+});
+
+describe("close", () => {
+  test("does not cut off what was sent, though the peer sends one more byte first", async () => {
+    const { sock, peer } = await pair();
+    const reply = Buffer.alloc(2 * MiB, "reply");
+    await sock.sendAll(reply);
+    sock.close();
+    peer.write("x");
+    const received = await receivedBy(peer);
+    expect(received.equals(reply)).toBeTrue();
+  });
+
+  test("does not cut off what was sent, though bytes of the peer are unread", async () => {
+    const { sock, peer } = await pair();
+    peer.write(Buffer.alloc(MiB)); // of which Bun has read a part, and the kernel has the rest
+    await sock.recv(1);
+    const reply = Buffer.alloc(256 * 1024, "reply");
+    await sock.sendAll(reply);
+    sock.close();
+    const received = await receivedBy(peer);
+    expect(received.equals(reply)).toBeTrue();
+  });
+
+  test("makes the calls reject that wait, and any after it", async () => {
+    const { sock } = await pair();
+    const receiving = sock.recv(1);
+    const sending = sock.sendAll(Buffer.alloc(32 * MiB));
+    sock.close();
+    const closed = { name: "SocketError", code: "EBADF", message: "the connection is closed" };
+    expect(await failure(receiving)).toMatchObject(closed);
+    expect(await failure(sending)).toMatchObject(closed);
+    expect(await failure(sock.recv(1))).toMatchObject(closed);
+    expect(await failure(sock.sendAll("x"))).toMatchObject(closed);
+    expect(await failure(sock.sendAll(""))).toMatchObject(closed);
+  });
+
+  test("does nothing when it is called again, and is what `using` calls", async () => {
+    const { sock, peer } = await pair();
+    {
+      using closedAtTheEnd = sock;
+      await closedAtTheEnd.sendAll("hello");
+    }
+    sock.close();
+    expect(String(await receivedBy(peer))).toBe("hello");
+  });
+
+  test("lets the process end once both sides have closed", async () => {
+    const { port, accepted } = await listening();
+    const script = `
+      import { connect } from "./tcp_local.ts";
+      const sock = await connect("127.0.0.1", ${port});
+      await sock.sendAll("hello");
+      sock.close();
+      setTimeout(() => process.exit(3), 3000).unref(); // is not reached if the process can end
+    `;
+    const running = run(["-e", script]);
+    const peer = await accepted;
+    await receivedBy(peer);
+    peer.end();
+    expect(await running).toEqual({ status: 0, out: "", err: "" });
+  });
+
+  test("discards what arrives for 4 seconds at most", async () => {
+    const { sock, peer } = await pair();
+    using timers = spyOn(globalThis, "setTimeout");
+    sock.close();
+    expect(timers).toHaveBeenCalledTimes(1);
+    const [timeIsUp, milliseconds] = timers.mock.calls[0] ?? [];
+    expect(milliseconds).toBe(4000);
+    peer.write("is discarded");
+    await eventLoopTurn();
+    timeIsUp?.();
+    peer.write("meets a reset");
+    expect(await failure(once(peer, "close"))).toBeInstanceOf(Error);
+  });
+});
+
+describe("timeout", () => {
+  test("makes a recv reject to which nothing comes, and loses nothing", async () => {
+    const { sock, peer } = await pair(0.05);
+    const timedOut = { name: "SocketError", code: "ETIMEDOUT", message: "timed out" };
+    expect(await failure(sock.recv(100))).toMatchObject(timedOut);
+    peer.write("hello");
+    expect(String(await sock.recv(100))).toBe("hello");
+  });
+
+  test("makes a recvAll reject in the middle of a message", async () => {
+    const { sock, peer } = await pair(0.05);
+    peer.write("Hi");
+    expect(await failure(recvAll(sock, 16))).toMatchObject({ code: "ETIMEDOUT" });
+  });
+
+  test("makes a sendAll reject whose peer does not read, and those that wait for it", async () => {
+    const { sock } = await pair(0.05);
+    const first = sock.sendAll(Buffer.alloc(32 * MiB));
+    const second = sock.sendAll("x");
+    expect(await failure(first)).toMatchObject({ code: "ETIMEDOUT" });
+    expect(await failure(second)).toMatchObject({ code: "ETIMEDOUT" });
+  });
+
+  test("may be set for one call, and taken back", async () => {
+    const { sock, peer } = await pair(Infinity);
+    sock.timeout = 0.05;
+    expect(await failure(sock.recv(100))).toMatchObject({ code: "ETIMEDOUT" });
+    sock.timeout = Infinity;
+    const receiving = sock.recv(100);
+    await Bun.sleep(100); // Twice the timeout that was.
+    peer.write("hello");
+    expect(String(await receiving)).toBe("hello");
+  });
+
+  test("starts anew with every byte", async () => {
+    const { sock, peer } = await pair(1);
+    const start = performance.now();
+    const receiving = recvAll(sock, 16);
+    for (const byte of MESSAGE) {
+      await Bun.sleep(70); // The peer is slow.
+      peer.write(Buffer.of(byte));
+    }
+    expect(await receiving).toEqual(MESSAGE);
+    expect(performance.now() - start).toBeGreaterThan(1000);
+  });
+
+  test("may be changed while calls wait, which keep the one that they began with", async () => {
+    const { sock } = await pair(0.05);
+    const receiving = failure(sock.recv(1));
+    const sending = failure(sock.sendAll(Buffer.alloc(32 * MiB)));
+    sock.timeout = NaN;
+    expect(await receiving).toMatchObject({ code: "ETIMEDOUT" });
+    expect(await sending).toMatchObject({ code: "ETIMEDOUT" });
+  });
+
+  test("may be longer than a timer can be", async () => {
+    const { sock, peer } = await pair(2 ** 31);
+    const receiving = sock.recv(100);
+    await Bun.sleep(10); // A timer that is too long for Bun fires after 1 ms.
+    peer.write("hello");
+    expect(String(await receiving)).toBe("hello");
+  });
+
+  test("does not count what arrives while the process is busy as late", async () => {
+    const { sock, peer } = await pair(0.1);
+    const { sock: other, peer: caller } = await pair();
+    caller.write("?");
+    await other.recv(1); // After the turn of a socket, timers are the first that Bun looks at.
+    const receiving = recvAll(sock, 16);
+    const start = performance.now();
+    while (performance.now() - start < 200);
+    peer.end(MESSAGE);
+    expect(await receiving).toEqual(MESSAGE);
+    expect(await sock.recv(1)).toHaveLength(0);
+  });
+
+  const invalid = [0, -1, NaN, "x", undefined] as number[];
+  test.each(invalid)("of %p makes the next call reject before a byte is moved", async (timeout) => {
+    const { sock, peer } = await pair();
+    peer.write("hello");
+    expect(String(await sock.recv(1))).toBe("h");
+    sock.timeout = timeout;
+    const message = `a timeout is a number of seconds above 0, not ${timeout}`;
+    const receiving = await failure(sock.recv(100));
+    const sending = await failure(sock.sendAll(Buffer.alloc(20 * MiB)));
+    expect(receiving).toBeInstanceOf(RangeError);
+    expect(receiving).toMatchObject({ message });
+    expect(sending).toBeInstanceOf(RangeError);
+    expect(sending).toMatchObject({ message });
+    sock.timeout = 10;
+    expect(String(await sock.recv(100))).toBe("ello");
+    sock.close();
+    expect(await receivedBy(peer)).toHaveLength(0);
+  });
+});
+
+describe("a connection", () => {
+  test("carries bytes both ways at once, in pieces of any size", async () => {
+    const data = Buffer.from(Uint8Array.from({ length: 16 * MiB }, (_, i) => i % 251));
+    const sizes = [1, 16, 1000, 65_536, 1_000_003]; // again and again
+
+    async function sendPieces(sock: Connection): Promise<void> {
+      let start = 0;
+      for (let i = 0; start < data.length; i += 1) {
+        const piece = data.subarray(start, start + Number(sizes[i % sizes.length]));
+        await sock.sendAll(piece);
+        start += piece.length;
+      }
+    }
+
+    async function receivePieces(sock: Connection): Promise<void> {
+      let start = 0;
+      for (let i = 2; start < data.length; i += 1) {
+        const want = data.subarray(start, start + Number(sizes[i % sizes.length]));
+        const got = await recvAll(sock, want.length);
+        if (!got.equals(want))
+          throw new Error(`wrong bytes from ${start} to ${start + want.length}`);
+        start += want.length;
+      }
+    }
+
+    const served = Promise.withResolvers<void>();
+    const listener = await serving(async (sock) => {
+      const both = Promise.all([sendPieces(sock), receivePieces(sock)]);
+      await both.then(() => served.resolve(), served.reject);
+    });
+    using sock = await connect("127.0.0.1", listener.port, 10);
+    await Promise.all([sendPieces(sock), receivePieces(sock), served.promise]);
+  });
+
+  test("has the addresses of both ends, which print as tuples of Python", async () => {
+    const { sock, peer } = await pair();
+    expect(sock.sockname).toMatchObject({ host: "127.0.0.1", port: peer.remotePort });
+    expect(sock.peername).toMatchObject({ host: "127.0.0.1", port: peer.localPort });
+    expect(`${sock.sockname}`).toBe(`('127.0.0.1', ${peer.remotePort})`);
+  });
+
+  test("prints its addresses and its timeout, and nothing of its inside", async () => {
+    const { sock } = await pair();
+    const names = ["sockname", "peername", "timeout"];
+    expect(Object.keys(sock)).toEqual(names);
+    const printed = Bun.inspect(sock);
+    for (const name of names) expect(printed).toContain(`\n  ${name}: `);
+    expect(printed).not.toContain("unread");
+    expect(printed.split("\n").length).toBeLessThan(20);
+  });
+
+  test.skipIf(!HAS_PROC)("asks a silent peer after 60 seconds whether it is there", async () => {
+    const { sock } = await pair();
+    const port = sock.sockname.port.toString(16).toUpperCase().padStart(4, "0");
+    // The kernel's list of connections: the timer of kind 2 is keep-alive. It counts in 1/100 s.
+    const list = readFileSync("/proc/net/tcp", "latin1");
+    const found = new RegExp(`: 0100007F:${port} .* 02:([0-9A-F]{8}) `).exec(list);
+    const seconds = parseInt(String(found?.[1]), 16) / 100;
+    expect(seconds).toBeGreaterThan(55);
+    expect(seconds).toBeLessThan(61);
+  });
+});
+
+describe("connect", () => {
+  test("says where it cannot connect, and why, and keeps the error behind that", async () => {
+    const port = await freePort();
+    const error = await failure(connect("127.0.0.1", port));
+    expect(error).toBeInstanceOf(SocketError);
+    expect(error).toMatchObject({
+      code: "ECONNREFUSED",
+      message: `cannot connect to ('127.0.0.1', ${port}): connection refused or host unreachable`,
+      cause: { code: "ECONNREFUSED" },
+    });
+  });
+
+  test("names the address that it tried, not the name that it looked up", async () => {
+    const port = await freePort();
+    using _lookup = lookupFinds(["127.0.0.1"]);
+    const error = await failure(connect("name.invalid", port));
+    expect(String(error)).toContain(`cannot connect to ('127.0.0.1', ${port}): `);
+  });
+
+  test("rejects with an error whose stack leads to the line of its caller", async () => {
+    const port = await freePort();
+    async function callerOfConnect(): Promise<void> {
+      await connect("127.0.0.1", port);
+    }
+    const error = (await failure(callerOfConnect())) as Error;
+    expect(error.stack).toContain("callerOfConnect");
+    expect(error.stack).toContain(import.meta.file);
+  });
+
+  test("tries the addresses of a name in turn", async () => {
+    const { port, accepted } = await listening();
+    using _lookup = lookupFinds(["127.0.0.2", "127.0.0.1"]); // Nobody listens at the first.
+    using sock = await connect("name.invalid", port);
+    await accepted;
+    expect(sock.peername.host).toBe("127.0.0.1");
+  });
+
+  test("looks a name up as Python does: through the system, over IPv4", async () => {
+    const port = await freePort();
+    using lookup = lookupFinds(["127.0.0.1"]);
+    await failure(connect("name.invalid", port));
+    expect(lookup.mock.calls).toEqual([["name.invalid", { family: 4, backend: "system" }]]);
+  });
+
+  test("looks up no address, which could wait behind names that no server answers", async () => {
+    const { port } = await listening();
+    using lookup = lookupFinds([]);
+    using _sock = await connect("127.0.0.1", port);
+    expect(lookup).not.toHaveBeenCalled();
+  });
+
+  const shortForms = [
+    "127.1",
+    "127.0.0.01",
+    "0x7f.0.0.1",
+    "127.0.0.256",
+    "127.0.0.-1",
+    "127.0.0.1 ",
+  ];
+  test.each(shortForms)("leaves %p to the system", async (host) => {
+    const { port } = await listening();
+    using lookup = lookupFinds(["127.0.0.1"]);
+    using _sock = await connect(host, port);
+    expect(lookup.mock.calls[0]?.[0]).toBe(host);
+  });
+
+  const unknown = [
+    { code: "DNS_ENOTFOUND", words: "name or service not known" },
+    { code: "DNS_EAI_AGAIN", words: "temporary failure in name resolution" },
+    { code: "DNS_EBADFAMILY", words: "address family for hostname not supported" },
+    { code: "DNS_NEW", words: "what Bun says of it" },
+  ];
+  test.each(unknown)("says why a name was not found: $code", async ({ code, words }) => {
+    using lookup = spyOn(Bun.dns, "lookup");
+    const cause = Object.assign(new Error("what Bun says of it"), { code });
+    lookup.mockRejectedValueOnce(cause);
+    const error = await failure(connect("it's\x1b[2J", 1));
+    expect(error).toBeInstanceOf(SocketError);
+    expect(error).toMatchObject({
+      code,
+      message: `cannot resolve "it's\\x1b[2J": ${words}`,
+      cause,
+    });
+  });
+
+  test("says that a name is not known if it has no address", async () => {
+    using _lookup = lookupFinds([]);
+    const error = await failure(connect("name.invalid", 1));
+    expect(error).toMatchObject({
+      code: "DNS_ENOTFOUND",
+      message: "cannot resolve 'name.invalid': name or service not known",
+    });
+  });
+
+  const invalid = [0, -1, NaN, "x"] as number[];
+  test.each(invalid)("refuses a timeout of %p before it dials", async (timeout) => {
+    using dialled = spyOn(Bun, "connect");
+    const error = await failure(connect("127.0.0.1", 1, timeout));
+    expect(error).toBeInstanceOf(RangeError);
+    expect(error).toMatchObject({
+      message: `a timeout is a number of seconds above 0, not ${timeout}`,
+    });
+    expect(dialled).not.toHaveBeenCalled();
+  });
+
+  const invalidPorts = [-1, 65_536, 1.5, NaN];
+  test.each(invalidPorts)(
+    "takes a port of %p for a bug, not for the network's fault",
+    async (port) => {
+      const error = (await failure(connect("127.0.0.1", port))) as Error;
+      expect(error).not.toBeInstanceOf(SocketError);
+      expect(error.name).toMatch(/^(Range|Type)Error$/);
+    },
+  );
+
+  test("has no default for the port", () => {
+    expect(connect).toHaveLength(2);
+  });
+
+  test("has no timeout unless one is given, and gives the connection its own", async () => {
+    const { port } = await listening();
+    using patient = await connect("127.0.0.1", port);
+    using hasty = await connect("127.0.0.1", port, 5);
+    expect(patient.timeout).toBe(Infinity);
+    expect(hasty.timeout).toBe(5);
+  });
+
+  test("counts the look-up in its timeout, and dials nothing after it", async () => {
+    const { port } = await listening();
+    const found = Promise.withResolvers<Bun.DNSLookup[]>();
+    using lookup = spyOn(Bun.dns, "lookup");
+    using dialled = spyOn(Bun, "connect");
+    lookup.mockReturnValueOnce(found.promise);
+    expect(await failure(connect("name.invalid", port, 0.05))).toMatchObject({
+      code: "ETIMEDOUT",
+      message: `cannot connect to ('name.invalid', ${port}): timed out`,
+    });
+    found.resolve([{ address: "127.0.0.1", family: 4, ttl: 0 }]);
+    await eventLoopTurn();
+    expect(dialled).not.toHaveBeenCalled();
+  });
+
+  test("is not disturbed by a look-up that fails after the timeout", async () => {
+    const found = Promise.withResolvers<Bun.DNSLookup[]>();
+    using lookup = spyOn(Bun.dns, "lookup");
+    lookup.mockReturnValueOnce(found.promise);
+    expect(await failure(connect("name.invalid", 1, 0.05))).toMatchObject({ code: "ETIMEDOUT" });
+    found.reject(new Error("too late")); // An unhandled rejection would fail this test.
+    await eventLoopTurn();
+  });
+
+  test("closes a connection that comes about after the timeout, and tries no other address", async () => {
+    const { port, accepted } = await listening();
+    const late = Promise.withResolvers<void>();
+    const dial = Bun.connect<Connection>;
+    using _lookup = lookupFinds(["127.0.0.1", "127.0.0.1"]);
+    using dialled = spyOn(Bun, "connect");
+    dialled.mockImplementation(async (options) => {
+      await late.promise;
+      return (await dial(options as Bun.TCPSocketConnectOptions<Connection>)) as never;
+    });
+    expect(await failure(connect("name.invalid", port, 0.05))).toMatchObject({ code: "ETIMEDOUT" });
+    late.resolve();
+    expect(await receivedBy(await accepted)).toHaveLength(0); // The stream ends.
+    expect(dialled).toHaveBeenCalledTimes(1);
+  });
+
+  test("gives what arrived before a reset that is faster than Bun", async () => {
+    // Bun then opens a socket that has no addresses.
+    const nameless = { setKeepAlive() {}, pause() {} } as unknown as Socket<Connection>;
+    using dialled = spyOn(Bun, "connect");
+    dialled.mockImplementation(async ({ socket }) => {
+      await socket.open?.(nameless as never);
+      return nameless as never;
+    });
+    const sock = await connect("127.0.0.1", 1);
+    expect(`${sock.sockname} ${sock.peername}`).toBe("('0.0.0.0', 0) ('0.0.0.0', 0)");
+    Connection.handlers.data?.(nameless, Buffer.from("hello"));
+    expect(String(await sock.recv(100))).toBe("hello");
+  });
+});
+
+describe("listen", () => {
+  test("serves a client while another one is silent", async () => {
+    const listener = await serving(async (sock) => {
+      await sock.sendAll(await sock.recv(100));
+    });
+    using _silent = await connect("127.0.0.1", listener.port);
+    using sock = await connect("127.0.0.1", listener.port);
+    await sock.sendAll("hello");
+    expect(String(await sock.recv(100))).toBe("hello");
+  });
+
+  test("serves a client while another one sends one small message after the other", async () => {
+    const count = 20_000;
+    let served = 0;
+    const listener = await serving(async (sock) => {
+      for (;;) {
+        const message = await sock.recv(12);
+        if (message.length === 0) return;
+        await sock.sendAll(message);
+        served += 1;
+      }
+    });
+    const { peer } = await dial(listener.port);
+    peer.write(Buffer.alloc(12 * count));
+    peer.resume();
+    using sock = await connect("127.0.0.1", listener.port);
+    await until(() => served > 0);
+    await sock.sendAll("hello, world");
+    await recvAll(sock, 12);
+    expect(served).toBeLessThan(count / 2);
+    peer.end();
+    await once(peer, "end"); // All have been served.
+  });
+
+  test("closes a connection when its `serve` is done, and sends all of the reply before", async () => {
+    const reply = Buffer.alloc(16 * MiB, "reply");
+    const listener = await serving((sock) => sock.sendAll(reply));
+    using sock = await connect("127.0.0.1", listener.port, 10);
+    const received = await recvAll(sock, reply.length);
+    expect(received.equals(reply)).toBeTrue();
+    expect(await sock.recv(1)).toHaveLength(0);
+  });
+
+  test("sends all of the reply to a client that has ended its own direction", async () => {
+    const reply = Buffer.alloc(16 * MiB, "reply");
+    const listener = await serving((sock) => sock.sendAll(reply));
+    using sock = await connect("127.0.0.1", listener.port, 10);
+    sock.shutdown();
+    const received = await recvAll(sock, reply.length);
+    expect(received.equals(reply)).toBeTrue();
+    expect(await sock.recv(1)).toHaveLength(0);
+  });
+
+  test("has no timeout unless one is given, and gives each connection its own", async () => {
+    const timeouts: number[] = [];
+    const serve = (sock: Connection) => {
+      timeouts.push(sock.timeout);
+    };
+    const patient = await listen("127.0.0.1", 0, serve);
+    const hasty = await listen("127.0.0.1", 0, serve, 5);
+    cleanups.push(() => patient.stop(true));
+    cleanups.push(() => hasty.stop(true));
+    using first = await connect("127.0.0.1", patient.port);
+    await first.recv(1);
+    using second = await connect("127.0.0.1", hasty.port);
+    await second.recv(1);
+    expect(timeouts).toEqual([Infinity, 5]);
+  });
+
+  const invalid = [0, -1, NaN, "x"] as number[];
+  test.each(invalid)("refuses a timeout of %p", async (timeout) => {
+    const error = await failure(listen("127.0.0.1", 0, () => {}, timeout));
+    expect(error).toBeInstanceOf(RangeError);
+    expect(error).toMatchObject({
+      message: `a timeout is a number of seconds above 0, not ${timeout}`,
+    });
+  });
+
+  test("says where it cannot listen, and why, and keeps the error behind that", async () => {
+    const { port } = await serving(() => {});
+    const error = await failure(listen("127.0.0.1", port, () => {}));
+    expect(error).toBeInstanceOf(SocketError);
+    expect(error).toMatchObject({
+      code: "EADDRINUSE",
+      message: `cannot listen at ('127.0.0.1', ${port}): address already in use`,
+      cause: { code: "EADDRINUSE" },
+    });
+  });
+
+  test("says what Bun says where it has no words of its own", async () => {
+    using _bound = refuses("listen", "ENEW");
+    const error = await failure(listen("", 1, () => {}));
+    expect(error).toMatchObject({
+      code: "ENEW",
+      message: "cannot listen at ('0.0.0.0', 1): what Bun says of it",
+    });
+  });
+
+  test("takes a port of -1 for a bug, not for the network's fault", async () => {
+    const error = (await failure(listen("127.0.0.1", -1, () => {}))) as Error;
+    expect(error).not.toBeInstanceOf(SocketError);
+    expect(error.name).toMatch(/^(Range|Type)Error$/);
+  });
+
+  test("listens at the first address of a name", async () => {
+    using _lookup = lookupFinds(["127.0.0.1", "127.0.0.2"]);
+    const listener = await listen("name.invalid", 0, () => {});
+    cleanups.push(() => listener.stop(true));
+    expect(listener.hostname).toBe("127.0.0.1");
+  });
+
+  const ofTheNetwork = [
+    {
+      error: new EOFError(Buffer.from("abc"), 16),
+      says: "socket closed 3 bytes into a 16-byte message",
+    },
+    { error: new SocketError("ECONNRESET"), says: "connection reset by peer" },
+    { error: new SocketError("EHOSTDOWN"), says: "EHOSTDOWN" },
+  ];
+  test.each(ofTheNetwork)(
+    "tells in one line who failed and why: $says",
+    async ({ error, says }) => {
+      const { err } = captured();
+      const listener = await serving(() => {
+        throw error;
+      });
+      using sock = await connect("127.0.0.1", listener.port);
+      expect(await sock.recv(1)).toHaveLength(0);
+      expect(err).toEqual([`${sock.sockname}: ${says}`]);
+    },
+  );
+
+  const bugs = [
+    {
+      kind: "a TypeError",
+      thrown: new TypeError("undefined is not an object"),
+      says: import.meta.file,
+    },
+    { kind: "Buffer's own RangeError", thrown: new RangeError("too much"), says: import.meta.file },
+    {
+      kind: "the ENOENT of a file",
+      thrown: Object.assign(new Error("no such file"), { code: "ENOENT" }),
+      says: import.meta.file,
+    },
+    { kind: "a string", thrown: "a string", says: "a string" },
+    { kind: "an object without a prototype", thrown: Object.create(null), says: "{}" },
+    { kind: "undefined", thrown: undefined, says: "undefined" },
+  ];
+  test.each(bugs)("tells who met a bug and where, and goes on: $kind", async ({ thrown, says }) => {
+    const { err } = captured();
+    let calls = 0;
+    const listener = await serving(async (sock) => {
+      calls += 1;
+      if (calls === 1) throw thrown;
+      await sock.sendAll("hello");
+    });
+    using sock = await connect("127.0.0.1", listener.port);
+    expect(await sock.recv(1)).toHaveLength(0);
+    expect(err.join("\n")).toStartWith(`${sock.sockname}: `);
+    expect(err.join("\n")).toContain(says);
+    using next = await connect("127.0.0.1", listener.port);
+    expect(String(await recvAll(next, 5))).toBe("hello");
+  });
+
+  test("makes the calls reject of a connection that `stop(true)` cuts off", async () => {
+    const { err } = captured();
+    const isWaiting = Promise.withResolvers<void>();
+    const listener = await serving(async (sock) => {
+      const receiving = sock.recv(1);
+      isWaiting.resolve();
+      await receiving;
+    });
+    using sock = await connect("127.0.0.1", listener.port);
+    await isWaiting.promise;
+    listener.stop(true);
+    await until(() => err.length === 1);
+    expect(err).toEqual([`${sock.sockname}: the connection was cut off`]);
+  });
+
+  test("gives what 300 clients sent that reset at once, and then the reset", async () => {
+    const messages: string[] = [];
+    const errors: unknown[] = [];
+    const listener = await serving(async (sock) => {
+      messages.push(String(await recvAll(sock, 16)));
+      errors.push(await failure(sock.recv(1)));
+    });
+    const script = `
+      for (let i = 0; i < 300; i += 1) {
+        const socket = await Bun.connect({
+          hostname: "127.0.0.1",
+          port: ${listener.port},
+          socket: { data() {} },
+        });
+        socket.write("Hi there, server");
+        socket.terminate(); // which resets
+      }
+    `;
+    // While this process waits for the other, it accepts nobody.
+    const { exitCode } = Bun.spawnSync([process.execPath, "-e", script]);
+    expect(exitCode).toBe(0);
+    await until(() => errors.length === 300);
+    expect(new Set(messages)).toEqual(new Set(["Hi there, server"]));
+    for (const error of errors) expect(error).toMatchObject({ code: "ECONNRESET" });
+  });
+});
+
+describe("repr", () => {
+  test("shows every byte as Python 2 does", () => {
+    const everyByte = Uint8Array.from({ length: 256 }, (_, byte) => byte);
+    const controls =
+      String.raw`\x00\x01\x02\x03\x04\x05\x06\x07\x08\t\n\x0b\x0c\r\x0e\x0f` +
+      String.raw`\x10\x11\x12\x13\x14\x15\x16\x17\x18\x19\x1a\x1b\x1c\x1d\x1e\x1f`;
+    const printable =
+      String.raw` !"#$%&\'()*+,-./0123456789:;<=>?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[\\]^_` +
+      "`abcdefghijklmnopqrstuvwxyz{|}~";
+    const rest = Array.from(everyByte.subarray(127), (byte) => `\\x${byte.toString(16)}`);
+    expect(repr(everyByte)).toBe(`'${controls}${printable}${rest.join("")}'`);
+  });
+
+  const quoted = [
+    { text: "abc", shown: "'abc'" },
+    { text: "", shown: "''" },
+    { text: "it's", shown: `"it's"` },
+    { text: 'say "hi"', shown: `'say "hi"'` },
+    { text: `it's "hi"`, shown: String.raw`'it\'s "hi"'` },
+    { text: "it's a \\ \n", shown: String.raw`"it's a \\ \n"` },
+  ];
+  test.each(quoted)("quotes $text as Python does", ({ text, shown }) => {
+    expect(repr(text)).toBe(shown);
+  });
+});
+
+describe("the server", () => {
+  const messages = [
+    { kind: "the client's message", sends: "Hi there, server", says: "'Hi there, server'" },
+    {
+      kind: "a message that would harm a terminal",
+      sends: "it's \x1b[2J\0\n\\ 567",
+      says: String.raw`"it's \x1b[2J\x00\n\\ 567"`,
+    },
+    {
+      kind: "a message with 70,000 bytes after it",
+      sends: "Hi there, server".padEnd(70_016, "?"),
+      says: "'Hi there, server'",
+    },
+  ];
+  test.each(messages)("prints what the Python program prints: $kind", async ({ sends, says }) => {
+    const { out, err } = captured();
+    const port = await serverPort();
+    const { peer, name } = await dial(port);
+    peer.write(sends);
+    const reply = await receivedBy(peer);
+    expect(String(reply)).toBe("Farewell, client");
+    expect(out).toEqual([
+      `Listening at ('127.0.0.1', ${port})`,
+      ...transcript("127.0.0.1", port, name, says),
+    ]);
+    expect(err).toEqual([]);
+  });
+
+  const lengths = [0, 1, 15];
+  test.each(lengths)("names a client that ends after %p bytes, and goes on", async (length) => {
+    const { err } = captured();
+    const port = await serverPort();
+    const { peer, name } = await dial(port);
+    peer.end(MESSAGE.subarray(0, length));
+    const reply = await receivedBy(peer);
+    expect(reply).toHaveLength(0);
+    expect(err).toEqual([`${name}: socket closed ${length} bytes into a 16-byte message`]);
+    expect(await exchange(port)).toBe("Farewell, client");
+  });
+
+  test.each(lengths)("names a client that resets after %p bytes, and goes on", async (length) => {
+    const { out, err } = captured();
+    const port = await serverPort();
+    const { peer, name } = await dial(port);
+    peer.write(MESSAGE.subarray(0, length));
+    await until(() => out.length === 3); // The server has printed the addresses.
+    peer.resetAndDestroy();
+    await until(() => err.length === 1);
+    expect(err).toEqual([`${name}: connection reset by peer`]);
+    expect(await exchange(port)).toBe("Farewell, client");
+  });
+
+  test("disconnects a client that is silent for its timeout", async () => {
+    const { err } = captured();
+    const port = await serverPort(0.05);
+    const { peer, name } = await dial(port);
+    const reply = await receivedBy(peer);
+    expect(reply).toHaveLength(0);
+    expect(err).toEqual([`${name}: timed out`]);
+  });
+
+  test("gives a client 60 seconds", async () => {
+    captured();
+    const port = await serverPort();
+    using timers = spyOn(globalThis, "setTimeout");
+    using sock = await connect("127.0.0.1", port);
+    await until(() => timers.mock.calls.length > 0);
+    expect(timers.mock.calls.map(([, milliseconds]) => milliseconds)).toEqual([60_000]);
+    await sock.sendAll(MESSAGE);
+    await recvAll(sock, 16);
+  });
+
+  test("serves on when its standard output is closed", async () => {
+    const { port, out } = await startServer(SERVER);
+    await out.return(); // which closes the stream
+    for (let i = 0; i < 3; i += 1) expect(await exchange(port)).toBe("Farewell, client");
+  });
+});
+
+describe("the client", () => {
+  const replies = [
+    { kind: "the reply", reply: ["Farewell, client"], outcome: "said 'Farewell, client'" },
+    {
+      kind: "the reply byte by byte",
+      reply: [..."Farewell, client"],
+      outcome: "said 'Farewell, client'",
+    },
+    {
+      kind: "more than the reply",
+      reply: ["Farewell, client".repeat(MiB)],
+      outcome: "said 'Farewell, client'",
+    },
+    {
+      kind: "too little",
+      reply: ["Fare"],
+      outcome: "socket closed 4 bytes into a 16-byte message",
+    },
+    { kind: "nothing", reply: [], outcome: "socket closed 0 bytes into a 16-byte message" },
+  ];
+  test.each(replies)("given $kind: $outcome", async ({ reply, outcome }) => {
+    const { out } = captured();
+    const { port, accepted } = await listening();
+    const asking = program.client("127.0.0.1", port, 10);
+    const peer = await accepted;
+    const name = `('127.0.0.1', ${peer.remotePort})`;
+    const [message] = (await once(peer, "data")) as [Buffer];
+    expect(String(message)).toBe("Hi there, server");
+    for (const piece of reply) {
+      peer.write(piece);
+      await eventLoopTurn(); // The piece arrives by itself.
+    }
+    peer.end();
+    const error = await asking.catch((error) => error);
+    expect(out[0]).toBe(`Client has been assigned socket name ${name}`);
+    expect(error?.message ?? out[1]).toEndWith(outcome);
+  });
+
+  test("says so when the server resets", async () => {
+    captured();
+    const { port, accepted } = await listening();
+    const asking = program.client("127.0.0.1", port, 10);
+    const peer = await accepted;
+    await once(peer, "data");
+    peer.resetAndDestroy();
+    expect(await failure(asking)).toMatchObject({ message: "connection reset by peer" });
+  });
+
+  test("says so when the server is silent for its timeout, and closes", async () => {
+    captured();
+    const { port, accepted } = await listening();
+    const asking = program.client("127.0.0.1", port, 0.05);
+    const peer = await accepted;
+    expect(await failure(asking)).toMatchObject({ message: "timed out" });
+    expect(String(await receivedBy(peer))).toBe("Hi there, server");
+  });
+
+  test("gives the server 60 seconds to accept, and 60 to answer", async () => {
+    captured();
+    const { port, accepted } = await listening();
+    using timers = spyOn(globalThis, "setTimeout");
+    const asking = program.client("127.0.0.1", port);
+    const peer = await accepted;
+    await once(peer, "data");
+    await eventLoopTurn();
+    const milliseconds = timers.mock.calls.map(([, milliseconds]) => milliseconds);
+    peer.end("Farewell, client");
+    await asking;
+    expect(milliseconds).toEqual([60_000, 60_000]);
+  });
+
+  test("has the program's port as its default", async () => {
+    using dialled = refuses("connect", "ECONNREFUSED");
+    await failure(program.client("127.0.0.1"));
+    expect(dialled.mock.calls[0]?.[0]).toMatchObject({ port: 1060 });
+  });
+});
+
+// On 127.0.0.1, which every machine has, another program may hold port 1060.
+const host = await firstFreeHost(["127.0.1.60", "127.0.1.61", "127.0.0.1"], 1060);
+
+describe("the command line", () => {
+  const usage = "usage: tcp_local.ts server|client [host]";
+  const wrong = [
+    [],
+    [""],
+    ["foo"],
+    ["foo", "bar"],
+    ["127.0.0.1"],
+    ["Server"],
+    ["--help"],
+    ["server", "x", "y"],
+    ["client", "x", "y"],
+    ["server", "server", "server"],
+  ];
+  test.each(wrong.map((args) => ({ args })))(
+    "explains itself when given $args",
+    async ({ args }) => {
+      const { out, err } = captured();
+      expect(await program.main(args)).toBe(2);
+      expect(err).toEqual([usage]);
+      expect(out).toEqual([]);
+    },
+  );
+
+  const hosts = [
+    { args: [], hostname: "127.0.0.1" },
+    { args: ["127.1"], hostname: "127.0.0.1" },
+    { args: ["127.0.0.010"], hostname: "127.0.0.8" },
+    { args: [""], hostname: "0.0.0.0" },
+  ];
+  test.each(hosts)("server $args listens at $hostname, port 1060", async ({ args, hostname }) => {
+    const { err } = captured();
+    using bound = refuses("listen", "EADDRINUSE");
+    expect(await program.main(["server", ...args])).toBe(1);
+    expect(bound.mock.calls[0]?.[0]).toMatchObject({ hostname, port: 1060 });
+    expect(err).toEqual([
+      `tcp_local.ts: cannot listen at ('${hostname}', 1060): address already in use`,
+    ]);
+  });
+
+  test.each(hosts)("client $args connects to $hostname, port 1060", async ({ args, hostname }) => {
+    const { err } = captured();
+    using dialled = refuses("connect", "ECONNREFUSED");
+    expect(await program.main(["client", ...args])).toBe(1);
+    expect(dialled.mock.calls[0]?.[0]).toMatchObject({ hostname, port: 1060 });
+    expect(err).toEqual([
+      `tcp_local.ts: cannot connect to ('${hostname}', 1060): connection refused or host unreachable`,
+    ]);
+  });
+
+  test("exits with 0 when the client has its reply", async () => {
+    captured();
+    const port = await serverPort();
+    const dialReally = Bun.connect<Connection>;
+    using dialled = spyOn(Bun, "connect");
+    dialled.mockImplementation(async (options) => {
+      const socket = await dialReally({
+        ...options,
+        port,
+      } as Bun.TCPSocketConnectOptions<Connection>);
+      return socket as never;
+    });
+    expect(await program.main(["client"])).toBe(0);
+  });
+
+  test("does not exit while the server runs", async () => {
+    const { out, err } = captured();
+    using bound = spyOn(Bun, "listen");
+    bound.mockReturnValue({ hostname: "127.0.0.1", port: 1060 } as never);
+    let hasReturned = false;
+    void program.main(["server"]).then(() => {
+      hasReturned = true;
+    });
+    await until(() => out.length > 0);
+    await eventLoopTurn();
+    expect(out).toEqual(["Listening at ('127.0.0.1', 1060)"]);
+    expect(err).toEqual([]);
+    expect(hasReturned).toBeFalse();
+  });
+
+  test("shows also what is no Error in one line", async () => {
+    const { err } = captured();
+    using bound = spyOn(Bun, "listen");
+    bound.mockImplementation(() => {
+      throw { code: "EACCES" };
+    });
+    expect(await program.main(["server"])).toBe(1);
+    expect(err).toEqual(["tcp_local.ts: cannot listen at ('127.0.0.1', 1060): permission denied"]);
+  });
+
+  test("exits with 2 and prints to standard error when it is used wrongly", async () => {
+    expect(await run(["tcp_local.ts"])).toEqual({ status: 2, out: "", err: `${usage}\n` });
+  });
+
+  test("exits with 1 and one line on standard error when it fails", async () => {
+    expect(await run(["tcp_local.ts", "server", "192.0.2.1"])).toEqual({
+      status: 1,
+      out: "",
+      err: "tcp_local.ts: cannot listen at ('192.0.2.1', 1060): address not available\n",
+    });
+  });
+
+  const signals = ["SIGINT", "SIGTERM"] as const;
+  const title = "serves its own client, and prints what the Python program prints, until %s";
+  test.skipIf(host === undefined).each(signals)(title, async (signal) => {
+    const server = start(["tcp_local.ts", "server", `${host}`]);
+    const out = linesOf(server.stdout);
+    expect((await out.next()).value).toBe(`Listening at ('${host}', 1060)`);
+
+    const client = await run(["tcp_local.ts", "client", `${host}`]);
+    const name = /\(.*\)/.exec(client.out)?.[0];
+    expect(client).toEqual({
+      status: 0,
+      out: `Client has been assigned socket name ${name}\nThe server said 'Farewell, client'\n`,
+      err: "",
+    });
+    for (const line of transcript(`${host}`, 1060, `${name}`, "'Hi there, server'")) {
+      expect((await out.next()).value).toBe(line);
+    }
+
+    const second = await run(["tcp_local.ts", "server", `${host}`]);
+    expect(second).toEqual({
+      status: 1,
+      out: "",
+      err: `tcp_local.ts: cannot listen at ('${host}', 1060): address already in use\n`,
+    });
+
+    server.kill(signal);
+    await server.exited;
+    expect(server.signalCode).toBe(signal);
+    expect((await out.next()).done).toBeTrue();
+  });
+
+  test("imports no module, which older versions of Bun may lack, and which takes time to load", () => {
+    const source = readFileSync(`${import.meta.dir}/tcp_local.ts`, "utf8").replace(/^#!.*/, "");
+    const imports = new Bun.Transpiler({ loader: "ts" }).scanImports(source);
+    expect(imports).toEqual([]);
+  });
+});
+
+describe("the README", () => {
+  test("has a client that talks to the server", async () => {
+    captured();
+    const port = await serverPort();
+    const script = readmeScript("ask.ts").replace("1060", `${port}`);
+    expect(await run(["-e", script])).toEqual({ status: 0, out: "Farewell, client\n", err: "" });
+  });
+
+  test("has a server and a client for messages with their length in front", async () => {
+    const script = readmeScript("echo.ts").replace("1061", "0");
+    const { port, err } = await startServer(script);
+    const saying = readmeScript("say.ts").replace("1061", `${port}`);
+    expect(await run(["-e", saying])).toEqual({ status: 0, out: "größer\n", err: "" });
+
+    const polite = await dial(port);
+    polite.peer.end("\0\0\0\x05first\0\0\0\x06second");
+    expect(String(await receivedBy(polite.peer))).toBe("\0\0\0\x05first\0\0\0\x06second");
+
+    const hasty = await dial(port);
+    hasty.peer.end("\0\0");
+    expect(await receivedBy(hasty.peer)).toHaveLength(0);
+    // It is the first that standard error tells of: those before were served to their end.
+    const line = `${hasty.name}: socket closed 2 bytes into a 4-byte message`;
+    expect((await err.next()).value).toBe(line);
+
+    const greedy = await dial(port);
+    greedy.peer.write("\0\x01\0\x01");
+    expect(await receivedBy(greedy.peer)).toHaveLength(0);
+    let told = "";
+    while (!told.includes("a message of 65537 bytes is too long")) {
+      told += (await err.next()).value;
+    }
+    expect(told).toContain(`${greedy.name}: `);
+  });
+
+  test("has a client that reads to the end of the stream", async () => {
+    const { port } = await serving(async (sock) => {
+      let length = 0;
+      for (;;) {
+        const bytes = await sock.recv(65_536);
+        if (bytes.length === 0) break;
+        length += bytes.length;
+      }
+      await sock.sendAll(`${length} bytes\n`);
+    });
+    const script = readmeScript("count.ts").replace("1062", `${port}`);
+    expect(await run(["-e", script])).toEqual({ status: 0, out: "17 bytes\n", err: "" });
+  });
+
+  test("shows how to catch an error of the network", async () => {
+    const script = readmeScript("careful.ts").replace("1063", `${await freePort()}`);
+    const { status, out, err } = await run(["-e", script]);
+    expect(out).toContain("ECONNREFUSED");
+    expect({ status, err }).toEqual({ status: 0, err: "" });
+  });
+});
+
+describe.skipIf(!HAS_PROC)("under load", () => {
+  test("a server does not hold the 128 MiB that follow a message", async () => {
+    const { server, port } = await startServer(SERVER);
+    await exchange(port);
+    const before = peakMemory(server.pid);
+    for (const length of [15, 16, 17]) {
+      const { peer: flood } = await dial(port);
+      flood.write(Buffer.alloc(length));
+      flood.write(Buffer.alloc(128 * MiB));
+      expect(String(await receivedBy(flood))).toBe("Farewell, client");
+      await until(() => flood.writableLength === 0);
+      flood.destroy();
+    }
+    expect(await exchange(port)).toBe("Farewell, client");
+    expect(peakMemory(server.pid) - before).toBeLessThan(64 * MiB);
+  });
+
+  test("a server that does not read holds less than 1 MiB for each of 100 clients that flood it", async () => {
+    const script = `
+      import { listen } from "./tcp_local.ts";
+      const clients = [];
+      const listener = await listen("127.0.0.1", 0, async (sock) => {
+        clients.push(sock);
+        if (clients.length <= 101) await sock.sendAll("welcome");
+        if (clients.length <= 100) await new Promise(() => {});
+      });
+      console.log(listener.port);
+    `;
+    const { server, port } = await startServer(script);
+    const before = peakMemory(server.pid);
+    const flood = Buffer.alloc(16 * MiB);
+    for (let i = 0; i < 100; i += 1) {
+      const full = Promise.withResolvers<void>();
+      const socket = await Bun.connect({
+        hostname: "127.0.0.1",
+        port,
+        socket: {
+          data(socket) {
+            socket.write(flood);
+            full.resolve(); // That was more than the kernel has room for.
+          },
+          drain(socket) {
+            socket.write(flood);
+          },
+        },
+      });
+      cleanups.push(() => socket.terminate());
+      await full.promise;
+    }
+    using last = await connect("127.0.0.1", port);
+    await recvAll(last, 7); // By now the server has looked at each of the others.
+    expect(peakMemory(server.pid) - before).toBeLessThan(100 * MiB);
+  });
+
+  test("a server holds little for clients that reset or stall, and prints only whole lines", async () => {
+    const { server, port, out } = await startServer(SERVER);
+    const printing = Array.fromAsync(out); // A pipe that nobody reads would fill up.
+    await exchange(port);
+    const memory = peakMemory(server.pid);
+    const descriptors = countDescriptors(server.pid);
+    for (let i = 0; i < 200; i += 1) {
+      const { peer } = await dial(port);
+      peer.write(MESSAGE.subarray(0, i % 17));
+      if (i % 3 === 0) await exchange(port);
+      peer.resetAndDestroy();
+    }
+    const stalled: net.Socket[] = [];
+    for (let i = 0; i < 200; i += 1) {
+      const { peer } = await dial(port);
+      peer.write("Hi ther");
+      stalled.push(peer);
+    }
+    expect(await exchange(port)).toBe("Farewell, client");
+    for (const peer of stalled.slice(100)) {
+      peer.write("e, server");
+      expect(String(await receivedBy(peer))).toBe("Farewell, client");
+    }
+    for (const peer of stalled) peer.destroy();
+    while (countDescriptors(server.pid) > descriptors) await exchange(port);
+    expect(peakMemory(server.pid) - memory).toBeLessThan(32 * MiB);
+
+    server.kill();
+    const lines = await printing;
+    const kinds = lines.map((line) => line.replaceAll(/\('[0-9.]+', \d+\)/g, "*"));
+    expect(new Set(kinds)).toEqual(
+      new Set([
+        "We have accepted a connection from *",
+        "Socket connects * and *",
+        "The incoming sixteen-octet message says 'Hi there, server'",
+        "Reply sent, socket closed",
+        "Listening at *",
+      ]),
+    );
+  });
+});
+
+/**
+ * A connection is played through every sequence of five moves, and of four moves some of which come
+ * in the same turn of the event loop. A model, `BlockingSocket`, makes the same moves. It keeps the
+ * same promises, but needs no event, no promise and no timer. After each turn both must show the
+ * same: the outcome of every call, what was sent, and whether anything is left that is not needed.
+ */
+describe("every order of events", () => {
+  afterEach(() => {
+    Object.assign(globalThis, REAL_TIMERS);
+  });
+
+  test("of five moves leads to what a blocking socket would do", () => {
+    const turnAfterEach = 0b11111;
+    for (const moves of sequences(5)) play(moves, turnAfterEach);
+  });
+
+  test("of four moves does so, too, whichever of them share a turn", () => {
+    for (const moves of sequences(4)) {
+      // A turn comes after the last move, and not after all of the others.
+      for (let turns = 0b1000; turns < 0b1111; turns += 1) play(moves, turns);
+    }
+  });
+});
+
+// ---- What the tests share -----------------------------------------------------------------------
 
 /** What is stopped after each test, however it ended. */
-const started: { stop(force: boolean): void }[] = [];
-afterEach(() => started.splice(0).forEach((it) => it.stop(true)));
+const cleanups: (() => void)[] = [];
+afterEach(() => {
+  for (const cleanup of cleanups) cleanup();
+  cleanups.length = 0;
+});
 
-/** Listens for a connection to play the other end of. */
-function peerListens(): { port: number; peer: Promise<Peer> } {
-  const { promise: peer, resolve } = Promise.withResolvers<Peer>();
-  const open = (socket: Socket<Peer>) => resolve((socket.data = new Peer(socket)));
-  const socket = { ...Peer.handlers, open };
-  const listener = Bun.listen({ hostname: LOCALHOST, port: 0, allowHalfOpen: true, socket });
-  started.push(listener);
-  return { port: listener.port, peer };
+/** A connection of the module and the other end of it. */
+async function pair(timeout = 10): Promise<{ sock: Connection; peer: net.Socket }> {
+  const { port, accepted } = await listening();
+  const sock = await connect("127.0.0.1", port, timeout);
+  const peer = await accepted;
+  cleanups.push(() => sock.close());
+  return { sock, peer };
 }
 
-async function pair(timeout?: number): Promise<[Connection, Peer]> {
-  const { port, peer } = peerListens();
-  return [await connect(LOCALHOST, port, timeout), await peer];
+/** Listens for a connection, which the test plays the other end of. */
+async function listening(): Promise<{ port: number; accepted: Promise<net.Socket> }> {
+  const listener = net.createServer({ allowHalfOpen: true });
+  listener.listen(0, "127.0.0.1");
+  await once(listener, "listening");
+  cleanups.push(() => listener.close());
+  const { promise: accepted, resolve } = Promise.withResolvers<net.Socket>();
+  listener.on("connection", (peer) => {
+    peer.on("error", () => {});
+    cleanups.push(() => peer.destroy());
+    resolve(peer);
+  });
+  const { port } = listener.address() as net.AddressInfo;
+  return { port, accepted };
 }
 
-/** The port of a listener of the module, which is stopped when the test is over. */
-async function serving(starting = server(LOCALHOST, 0)): Promise<number> {
-  const listener = await starting;
-  started.push(listener);
+/** A client that the test plays, and its address as the module prints it. */
+async function dial(port: number): Promise<{ peer: net.Socket; name: string }> {
+  const peer = net.connect({ port, host: "127.0.0.1", allowHalfOpen: true });
+  peer.on("error", () => {}); // A peer that is reset is no failure of a test.
+  cleanups.push(() => peer.destroy());
+  await once(peer, "connect");
+  return { peer, name: `('127.0.0.1', ${peer.localPort})` };
+}
+
+/** All bytes that the module sends to `peer`, to the end of the stream. */
+async function receivedBy(peer: net.Socket): Promise<Buffer> {
+  const pieces: Buffer[] = [];
+  peer.on("data", (bytes: Buffer) => pieces.push(bytes));
+  await once(peer, "end");
+  return Buffer.concat(pieces);
+}
+
+/** A listener of the module on a free port. */
+async function serving(
+  serve: (sock: Connection) => void | Promise<void>,
+): Promise<{ port: number; stop(force: boolean): void }> {
+  const listener = await listen("127.0.0.1", 0, serve, 10);
+  cleanups.push(() => listener.stop());
+  return listener;
+}
+
+/** The port of a server of the program, in this process. */
+async function serverPort(timeout?: number): Promise<number> {
+  const listener = await program.server("127.0.0.1", 0, timeout);
+  cleanups.push(() => listener.stop(true));
   return listener.port;
 }
 
+/** What the server replies to a whole message. */
 async function exchange(port: number): Promise<string> {
-  const peer = await Peer.dial(port);
-  peer.send(HI);
-  return peer.all().finally(() => void peer.socket.end());
+  const { peer } = await dial(port);
+  peer.write(MESSAGE);
+  const reply = await receivedBy(peer);
+  peer.destroy();
+  return String(reply);
 }
 
-/** The lines of the original's server for one client. */
-function transcript(host: string, port: number, peername: string, message: string): string[] {
+/** What the Python program prints for one client. */
+function transcript(host: string, port: number, client: string, message: string): string[] {
   return [
-    `We have accepted a connection from ${peername}`,
-    `Socket connects ('${host}', ${port}) and ${peername}`,
+    `We have accepted a connection from ${client}`,
+    `Socket connects ('${host}', ${port}) and ${client}`,
     `The incoming sixteen-octet message says ${message}`,
     "Reply sent, socket closed",
     `Listening at ('${host}', ${port})`,
   ];
 }
 
-/** A process of Bun. `output` is the event that it printed. */
-class Program {
-  text = ""; // of both streams
-  readonly process;
-  /** If `hears` is false, its streams are closed after their first output. */
-  constructor(code: string[], hears = true) {
-    const args = [process.execPath, ...code];
-    this.process = Bun.spawn(args, { cwd, stdout: "pipe", stderr: "pipe" });
-    for (const stream of [this.process.stdout, this.process.stderr]) void this.read(stream, hears);
-    started.push({ stop: () => this.process.kill("SIGKILL") });
+/** What `promise` rejects with. */
+async function failure(promise: Promise<unknown>): Promise<unknown> {
+  try {
+    await promise;
+  } catch (error) {
+    return error;
   }
-  private async read(stream: ReadableStream<Uint8Array>, hears: boolean): Promise<void> {
-    for await (const bytes of stream) {
-      this.text += Buffer.from(bytes);
-      events.emit("output");
-      if (!hears) break;
-    }
-  }
-  async until(condition: (text: string) => boolean): Promise<void> {
-    const died = this.process.exited.then(() => Promise.reject(new Error(this.text)));
-    died.catch(() => {});
-    while (!condition(this.text)) await Promise.race([once(events, "output"), died]);
-  }
-  /** The first number that it printed at the end of a line. */
-  get port(): number {
-    return Number(/\d+(?=\)?\n)/.exec(this.text));
-  }
+  throw new Error("nothing was rejected");
 }
 
-/** The server as a process, once it listens on a free port. */
-async function serverProgram(hears?: boolean): Promise<Program> {
-  const code = `import { server } from "./tcp_local.ts"; await server("${LOCALHOST}", 0);`;
-  const program = new Program(["-e", code], hears);
-  await program.until((text) => text.endsWith("\n"));
-  return program;
+/** Resolves when the event loop has gone round. What was sent by then has arrived. */
+async function eventLoopTurn(): Promise<void> {
+  await new Promise((resolve) => setImmediate(resolve));
+}
+
+/** Resolves when `condition` holds. It is looked at after each turn of the event loop. */
+async function until(condition: () => boolean): Promise<void> {
+  while (!condition()) await eventLoopTurn();
+}
+
+/** A port that nobody listens on. */
+async function freePort(): Promise<number> {
+  const listener = net.createServer();
+  listener.listen(0, "127.0.0.1");
+  await once(listener, "listening");
+  const { port } = listener.address() as net.AddressInfo;
+  listener.close();
+  await once(listener, "close");
+  return port;
+}
+
+/** The first of `hosts` on which nobody listens at `port`. */
+async function firstFreeHost(hosts: string[], port: number): Promise<string | undefined> {
+  for (const host of hosts) {
+    try {
+      const listener = await listen(host, port, () => {});
+      listener.stop(true);
+      return host;
+    } catch {
+      // It is taken, or this machine has no such address.
+    }
+  }
+  return undefined;
+}
+
+/** Lets every look-up find `addresses`. Declare it with `using`. */
+function lookupFinds(addresses: string[]) {
+  const lookup = spyOn(Bun.dns, "lookup");
+  const found = addresses.map((address) => ({ address, family: 4 as const, ttl: 0 }));
+  lookup.mockResolvedValue(found);
+  return lookup;
+}
+
+/** Lets `Bun.listen` or `Bun.connect` fail. Declare it with `using`. */
+function refuses(name: "listen" | "connect", code: string) {
+  const spy = spyOn(Bun, name);
+  spy.mockImplementation(() => {
+    throw Object.assign(new Error("what Bun says of it"), { code });
+  });
+  return spy;
+}
+
+/** What is printed from now to the end of the test, in lines. */
+function captured(): { out: string[]; err: string[] } {
+  const out: string[] = [];
+  const err: string[] = [];
+  const log = spyOn(console, "log");
+  log.mockImplementation((...parts) => void out.push(format(...parts)));
+  const error = spyOn(console, "error");
+  error.mockImplementation((...parts) => void err.push(format(...parts)));
+  cleanups.push(() => log.mockRestore());
+  cleanups.push(() => error.mockRestore());
+  return { out, err };
+}
+
+/** Starts Bun as a process of its own, which is killed after the test. */
+function start(args: string[]) {
+  const command = [process.execPath, ...args];
+  const started = Bun.spawn(command, { cwd: import.meta.dir, stdout: "pipe", stderr: "pipe" });
+  cleanups.push(() => started.kill("SIGKILL"));
+  return started;
 }
 
 /** The exit status of a process of Bun, and what it prints. */
-function run(...args: string[]): [status: number, out: string, err: string] {
-  const command = [process.execPath, ...args];
-  const { exitCode, stdout, stderr } = Bun.spawnSync(command, { cwd, timeout: 20_000 });
-  return [exitCode, `${stdout}`, `${stderr}`];
+async function run(args: string[]): Promise<{ status: number; out: string; err: string }> {
+  const started = start(args);
+  const out = await new Response(started.stdout).text();
+  const err = await new Response(started.stderr).text();
+  const status = await started.exited;
+  return { status, out, err };
 }
 
-// ---- recvAll and repr -------------------------------------------------------------------------
-/** A socket that gives `pieces`, then the end of the stream, and notes what it was asked for. */
-function scripted(pieces: Buffer[]) {
+/** Starts a script that prints the port it listens on, last in its first line. */
+async function startServer(script: string) {
+  const server = start(["-e", script]);
+  const out = linesOf(server.stdout);
+  const err = linesOf(server.stderr);
+  const { value: line } = await out.next();
+  const port = Number(/(\d+)\)?$/.exec(`${line}`)?.[1]);
+  return { server, port, out, err };
+}
+
+/** The lines of a stream, each as soon as it is there. */
+async function* linesOf(stream: ReadableStream<Uint8Array>): AsyncGenerator<string, void> {
+  let text = "";
+  for await (const bytes of stream) {
+    text += Buffer.from(bytes).toString("latin1");
+    const lines = text.split("\n");
+    text = lines.pop() ?? "";
+    yield* lines;
+  }
+}
+
+/** A socket whose `recv` gives the `pieces`, one a call, and that notes what it was asked for. */
+function scripted(pieces: Buffer[]): { recv(maxLength: number): Promise<Buffer>; asked: number[] } {
   const asked: number[] = [];
-  const recv = async (maxLength: number) => {
+  async function recv(maxLength: number): Promise<Buffer> {
     asked.push(maxLength);
     return pieces.shift() ?? Buffer.alloc(0);
-  };
-  return { asked, recv };
+  }
+  return { recv, asked };
 }
 
-/** `bytes` in pieces, with a cut after every byte whose bit is set in `cuts`. */
+/** `bytes` in pieces: one ends after each byte whose bit is set in `cuts`. */
 function cut(bytes: Buffer, cuts: number): Buffer[] {
-  const ends = [...bytes.keys()].filter((i) => i > 0 && cuts & (1 << (i - 1)));
-  return [0, ...ends].map((start, i) => bytes.subarray(start, ends[i])).filter((p) => p.length);
+  const pieces: Buffer[] = [];
+  let start = 0;
+  for (let end = 1; end <= bytes.length; end += 1) {
+    const isCut = end === bytes.length || (cuts & (1 << (end - 1))) !== 0;
+    if (!isCut) continue;
+    pieces.push(bytes.subarray(start, end));
+    start = end;
+  }
+  return pieces;
 }
 
-test("recvAll puts a message together from every one of the 32,768 ways to cut it", async () => {
-  for (let cuts = 0; cuts < 2 ** 15; cuts++) {
-    const pieces = cut(HI, cuts);
-    let missing = 16;
-    const asks = pieces.map((piece) => (missing -= piece.length) + piece.length);
-    const sock = scripted(pieces);
-    const message = await recvAll(sock, 16);
-    const own = message.buffer.byteLength;
-    if (message.equals(HI) && Bun.deepEquals(sock.asked, asks) && own === 16) continue;
-    expect([cuts, `${message}`, sock.asked, own]).toEqual([cuts, `${HI}`, asks, 16]);
+/** The server of the program, as a script for a process: on a free port. */
+const SERVER = `
+  import { server } from "./tcp_local.ts";
+  await server("127.0.0.1", 0);
+`;
+
+/** The script that the README tells to save as `name`. */
+function readmeScript(name: string): string {
+  const readme = readFileSync(`${import.meta.dir}/README.md`, "utf8");
+  const afterName = readme.slice(readme.indexOf(`\`${name}\``));
+  const script = /^```ts\n(.*?)^```$/ms.exec(afterName)?.[1];
+  if (script === undefined) throw new Error(`no ${name} in the README`);
+  return script;
+}
+
+/** The most memory that a process has held so far, in bytes. */
+function peakMemory(pid: number): number {
+  const status = readFileSync(`/proc/${pid}/status`, "latin1");
+  const kibibytes = /VmHWM:\s+(\d+)/.exec(status)?.[1];
+  return Number(kibibytes) * 1024;
+}
+
+function countDescriptors(pid: number): number {
+  return readdirSync(`/proc/${pid}/fd`).length;
+}
+
+// ---- The model for every order of events -----------------------------------------------------------
+
+const REAL_TIMERS = { setTimeout, clearTimeout, setImmediate };
+const TIMEOUT = 60; // seconds
+const RECV_LENGTH = 3; // more than a piece that arrives, and less than two
+const MESSAGE_SENT = "XYZ"; // of which the kernel has room for one, and a part of a second
+
+/** What can happen to a connection. The first five are done by its peer. */
+const MOVES = {
+  twoBytesArrive: (socket: SocketUnderTest) => socket.bytesArrive(),
+  peerEnds: (socket: SocketUnderTest) => socket.peerEnds(),
+  peerResets: (socket: SocketUnderTest) => socket.peerResets(),
+  peerReadsOneByte: (socket: SocketUnderTest) => socket.roomFor(1),
+  peerReadsTwoBytes: (socket: SocketUnderTest) => socket.roomFor(2),
+  recv: (socket: SocketUnderTest) => socket.recv(),
+  sendAll: (socket: SocketUnderTest) => socket.sendAll(),
+  shutdown: (socket: SocketUnderTest) => socket.shutdown(),
+  close: (socket: SocketUnderTest) => socket.close(),
+  aMinutePasses: (socket: SocketUnderTest) => socket.minutePasses(),
+};
+type Move = keyof typeof MOVES;
+type SocketUnderTest = PlayedConnection | BlockingSocket;
+
+function isPossible(move: Move, before: Move[]): boolean {
+  const isDoneByPeer = Object.keys(MOVES).indexOf(move) < 5;
+  if (before.includes("peerResets")) return !isDoneByPeer;
+  const ends = ["twoBytesArrive", "peerEnds"];
+  if (before.includes("peerEnds")) return !ends.includes(move);
+  return true;
+}
+
+function* sequences(length: number): Generator<Move[]> {
+  if (length === 0) {
+    yield [];
+    return;
   }
-});
-
-test("recvAll says how far it got when the stream ends early", async () => {
-  for (let length = 0; length < 16; length++) {
-    const partial = HI.subarray(0, length);
-    const error = await failure(recvAll(scripted(cut(partial, 0b100100)), 16));
-    const message = `socket closed ${length} bytes into a 16-byte message`;
-    expect(error).toBeInstanceOf(EOFError);
-    expect(error).toMatchObject({ name: "EOFError", message, partial, expected: 16 });
+  for (const before of sequences(length - 1)) {
+    for (const move of Object.keys(MOVES) as Move[]) {
+      if (isPossible(move, before)) yield [...before, move];
+    }
   }
-});
+}
 
-test("recvAll reads nothing for a length of 0 or a length that is not valid", async () => {
-  const s = scripted([HI]);
-  expect(await recvAll(s, 0)).toEqual(Buffer.alloc(0));
-  for (const n of [-1, 1.5, NaN, Infinity])
-    expect(await failure(recvAll(s, n))).toBeInstanceOf(RangeError);
-  expect(s.asked).toEqual([]);
-});
-
-test("recvAll passes an error on as it is, also after the first piece", async () => {
-  const [pieces, error] = [[HI.subarray(0, 5)], new Error("no luck")];
-  const recv = async () => pieces.shift() ?? Promise.reject(error);
-  for (let i = 0; i < 2; i++) expect(await failure(recvAll({ recv }, 16))).toBe(error);
-});
-
-test("recvAll refuses anything but bytes from recv", async () => {
-  for (const given of [{}, undefined, "a string", new ArrayBuffer(4), new Uint16Array(4)]) {
-    const recv = async () => given as Uint8Array;
-    expect(await failure(recvAll({ recv }, 16))).toBeInstanceOf(TypeError);
+/** Makes the moves, with a turn of the event loop after each whose bit is set in `turns`. */
+function play(moves: Move[], turns: number): void {
+  const played = new PlayedConnection();
+  const model = new BlockingSocket();
+  for (const [i, move] of moves.entries()) {
+    MOVES[move](played);
+    MOVES[move](model);
+    const hasTurn = (turns & (1 << i)) !== 0;
+    if (!hasTurn) continue;
+    played.turn();
+    model.turn();
+    const got = shown(played);
+    const want = shown(model);
+    if (got !== want) {
+      const made = moves.slice(0, i + 1).join(", ");
+      throw new Error(`${made} (turns ${turns.toString(2)}):\n got ${got}\nwant ${want}`);
+    }
   }
-});
+}
 
-test("recvAll copies each byte once, however small the pieces", async () => {
-  const piece = Buffer.alloc(4096, "x");
-  const start = performance.now();
-  const message = await recvAll({ recv: async () => piece }, 64 * MiB);
-  expect(message.equals(Buffer.alloc(64 * MiB, "x"))).toBeTrue();
-  // Concatenation would copy 512 GiB.
-  expect(performance.now() - start).toBeLessThan(4000);
-});
+function shown(socket: SocketUnderTest): string {
+  const kernel = socket.isOpen ? `the kernel holds "${socket.kernel}"` : "gone";
+  const fin = socket.hasSentFin ? "FIN sent" : "no FIN";
+  return `[${socket.outcomes}], sent "${socket.sent}", ${fin}, ${kernel}, ${socket.countTimers()} timers`;
+}
 
-test("repr shows every byte, and quotes, as Python does", () => {
-  const controls =
-    String.raw`\x00\x01\x02\x03\x04\x05\x06\x07\x08\t\n\x0b\x0c\r\x0e\x0f` +
-    String.raw`\x10\x11\x12\x13\x14\x15\x16\x17\x18\x19\x1a\x1b\x1c\x1d\x1e\x1f`;
-  const printable =
-    String.raw` !"#$%&\'()*+,-./0123456789:;<=>?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[\\]^_` +
-    "`abcdefghijklmnopqrstuvwxyz{|}~";
-  const high = Array.from({ length: 129 }, (_, i) => `\\x${(127 + i).toString(16)}`).join("");
-  const bytes = Uint8Array.from({ length: 256 }, (_, byte) => byte);
-  expect(repr(bytes)).toBe(`'${controls}${printable}${high}'`);
-  expect(repr(bytes.subarray(97, 100))).toBe("'abc'");
-  expect(repr("it's")).toBe(`"it's"`);
-  expect(repr('say "hi"')).toBe(`'say "hi"'`);
-  expect(repr(`it's "hi"`)).toBe(String.raw`'it\'s "hi"'`);
-  expect(repr("it's a \\ \n")).toBe(String.raw`"it's a \\ \n"`);
-});
+/** What the kernel and the peer have to do with a connection, the same for both that are compared. */
+class Network {
+  kernel = ""; // what has arrived, and the process has not read
+  arrived = 0; // how many bytes have arrived in all
+  hasFin = false; // the peer has ended
+  hasReset = false; // the peer has reset the connection
+  room = 4; // how many more bytes the kernel takes to send
+  sent = ""; // what the kernel has taken to send
+  hasSentFin = false;
+  isOpen = true; // the process holds the descriptor
+  outcomes: string[] = []; // of each call so far: what it gave, or that it waits
 
-// ---- Every order of events, against a model of a blocking socket ------------------------------
-/** What the kernel has of a socket, and what comes of the calls. */
-class Kernel {
-  arrived = ""; // what the kernel holds unread
-  came = 0;
-  fin = false;
-  rst = false;
-  room = Infinity; // for bytes to send: a writer is woken when there are 2
-  sent = "";
-  shut = false;
-  open = true;
-  waits = 0;
-  outcomes: string[] = []; // of the calls, in their order
+  bytesArrive(): void {
+    const bytes = "abcdefghij".slice(this.arrived, this.arrived + 2);
+    this.kernel += bytes;
+    this.arrived += 2;
+  }
 
-  take(bytes: string): number {
+  peerEnds(): void {
+    this.hasFin = true;
+  }
+
+  peerResets(): void {
+    this.hasReset = true;
+  }
+
+  roomFor(count: number): void {
+    this.room = count;
+  }
+
+  /** Takes what there is room for, and returns how many bytes that is. */
+  takeToSend(bytes: string): number {
     const taken = bytes.slice(0, this.room);
     this.sent += taken;
     this.room -= taken.length;
@@ -284,617 +1965,326 @@ class Kernel {
   }
 }
 
-const MOVES = {
-  bytesCome: (s) => (s.arrived += "abcdefghijkl".slice(s.came, (s.came += 2))),
-  peerEnds: (s) => (s.fin = true),
-  peerResets: (s) => (s.rst = true),
-  roomForOne: (s) => (s.room = 1),
-  roomForTwo: (s) => (s.room = 2),
-  recv1: (s) => s.recv(1),
-  recv4: (s) => s.recv(4),
-  sendAll: (s) => s.sendAll(),
-  close: (s) => s.close(),
-  minutePasses: (s) => s.minutePasses(),
-} satisfies Record<string, (socket: Blocking | Played) => unknown>;
-type Move = keyof typeof MOVES;
+/** The model. `recv` and `sendAll` note their outcome as soon as it is known. */
+class BlockingSocket extends Network {
+  unread = ""; // what the process has read, and no `recv` has returned
+  isPaused = false; // the process reads no more, as nobody has asked for what it has
+  reader: number | undefined; // the call of `recv` that waits
+  isReaderBusy = false; // the caller of a `recv` has not gone on yet
+  writers: { call: number; unsent: string }[] = []; // the calls of `sendAll` that wait
+  peerHasEnded = false; // the process has seen the FIN
+  hasShutDown = false;
+  hasClosed = false;
+  hasWriteMetReset = false; // so Bun reports it as an end without an error
+  isDisconnected = false; // the process has seen that the connection is gone
+  failure = ""; // the reason why it broke: the first one stays
 
-/** The model. What it is told between two turns happens in one tick. */
-class Blocking extends Kernel {
-  private unread = "";
-  private full = false; // with two pieces unread: the rest stays in the kernel
-  private recvEnd: string | undefined;
-  private sendEnd: string | undefined;
-  private met = false; // a write has failed with the reset
-  private reader: { call: number; maxLength: number } | undefined;
-  private busy = false;
-  private writers: { call: number; unsent: string }[] = [];
-  waiting = () => (this.reader ? 1 : 0) + (this.writers.length > 0 ? 1 : 0);
-  recv(maxLength: number): void {
-    const call = this.outcomes.push("waits") - 1;
-    if (this.shut) return void (this.outcomes[call] = "EBADF");
-    if (this.busy) return void (this.outcomes[call] = "refused");
-    this.busy = true;
-    this.reader = { call, maxLength };
-    this.read();
-    this.waits += this.reader ? 1 : 0;
+  countTimers(): number {
+    const isLingering = this.hasClosed && this.isOpen;
+    const waits = [this.reader !== undefined, this.writers.length > 0, isLingering];
+    return waits.filter(Boolean).length;
   }
+
+  recv(): void {
+    if (this.isReaderBusy) {
+      this.outcomes.push("refused");
+      return;
+    }
+    this.isReaderBusy = true;
+    this.reader = this.outcomes.length;
+    this.outcomes.push("waits");
+    this.settleReader();
+    // What it waits for must not stay in the kernel.
+    if (this.reader !== undefined) this.isPaused = false;
+  }
+
   sendAll(): void {
-    this.writers.push({ call: this.outcomes.push("waits") - 1, unsent: "WXYZ" });
+    this.writers.push({ call: this.outcomes.length, unsent: MESSAGE_SENT });
+    this.outcomes.push("waits");
     if (this.writers.length === 1) this.write();
   }
+
+  shutdown(): void {
+    this.hasShutDown = true;
+    this.hasSentFin = true;
+  }
+
   close(): void {
-    if (this.shut) return;
-    this.open &&= this.unread !== "" || this.full;
-    this.shut = true;
-    this.full = false;
+    if (this.hasClosed) return;
+    this.shutdown();
+    this.hasClosed = true;
     this.unread = "";
-    this.recvEnd = this.sendEnd = "EBADF";
-    this.read();
-    this.write();
+    this.isPaused = false; // What still comes is discarded.
+    // It lingers only for a peer that may still send.
+    if (this.peerHasEnded || this.failure !== "") this.isOpen = false;
   }
-  /** The process hears what is new, and its calls return. */
+
   turn(): void {
-    if (this.open && this.room > 1 && !this.rst) this.write();
-    while (this.open && (!this.full || (this.rst && !this.met))) {
-      if (this.arrived === "") {
-        if (this.fin && !this.met) this.recvEnd ??= "end of stream";
-        if (this.rst) this.sendEnd ??= this.fin ? "EPIPE" : "ECONNRESET";
-        if (this.rst) this.recvEnd ??= this.sendEnd;
-        this.open = !this.rst && !(this.fin && this.shut);
-        this.read();
-        if (this.sendEnd) this.write();
-        break;
+    // First go on those that a call of this process has woken.
+    this.settleReader();
+    this.settleWriters();
+    // Then the process hears of the network: of room, ...
+    if (this.isOpen && this.room > 1 && !this.hasReset) this.write();
+    // ... of bytes, ...
+    if (this.isReading()) this.readKernel();
+    // ... and only after all of them of the end, or of a reset.
+    if (this.isReading()) {
+      if (this.hasFin && !this.hasSentFin) this.seeEnd();
+      if (this.hasReset) {
+        this.disconnect(this.hasFin ? "EPIPE" : "ECONNRESET");
+      } else if (this.hasFin && this.hasSentFin) {
+        this.seeEnd(); // Once this side has ended, Bun tells the peer's end by this alone.
+        this.disconnect("");
       }
-      this.full = this.unread !== "";
-      this.unread += this.shut ? "" : this.arrived;
-      this.arrived = "";
-      this.read();
     }
-    this.busy = !!this.reader;
+    this.settleReader();
+    this.settleWriters();
+    this.isReaderBusy = this.reader !== undefined;
   }
-  /** Whatever waited for the whole minute, and moved no byte, times out. */
+
   minutePasses(): void {
-    const { reader, sent } = this;
-    const writing = this.writers.length > 0;
-    this.turn();
-    if (this.reader === reader) this.read("ETIMEDOUT");
-    if (writing && this.sent === sent && this.room > 0) this.write();
-    if (writing && this.sent === sent) this.fail("ETIMEDOUT");
-    this.open &&= !this.shut;
+    const reader = this.reader;
+    const sent = this.sent;
+    const isWriting = this.writers.length > 0;
+    this.turn(); // What has happened by now is in time.
+    if (reader !== undefined && this.reader === reader) this.settleReader("ETIMEDOUT");
+    // There may be a little room, of which the kernel does not tell.
+    if (isWriting && this.sent === sent) this.write();
+    if (isWriting && this.sent === sent) this.failWriters("ETIMEDOUT");
+    if (this.hasClosed) this.isOpen = false; // It does not linger longer.
     this.turn();
   }
-  private read(otherwise = this.recvEnd): void {
-    if (!this.reader) return;
-    const { call, maxLength } = this.reader;
-    const outcome = this.unread.slice(0, maxLength) || otherwise;
-    this.unread = this.unread.slice(maxLength);
-    this.full &&= outcome !== undefined;
-    if (outcome) [this.outcomes[call], this.reader] = [outcome, undefined];
+
+  /** A reset is told of even to a process that has paused, unless a write has met it. */
+  private isReading(): boolean {
+    const hears = !this.isPaused || (this.hasReset && !this.hasWriteMetReset);
+    return this.isOpen && hears;
   }
+
+  private readKernel(): void {
+    if (this.kernel === "") return;
+    const bytes = this.kernel;
+    this.kernel = "";
+    if (this.hasClosed) return; // discarded
+    this.isPaused = this.unread !== "" || !this.isReaderBusy;
+    this.unread += bytes;
+  }
+
+  private seeEnd(): void {
+    if (this.failure === "") this.peerHasEnded = true;
+  }
+
+  private disconnect(failure: string): void {
+    this.isOpen = false;
+    this.isDisconnected = true;
+    if (this.failure === "") this.failure = failure;
+  }
+
+  /** What a `recv` is given, in this order: bytes, the end, the reason why there are none. */
+  private settleReader(otherwise?: string): void {
+    if (this.reader === undefined) return;
+    let outcome = otherwise;
+    if (this.unread !== "") {
+      outcome = this.unread.slice(0, RECV_LENGTH);
+      this.unread = this.unread.slice(RECV_LENGTH);
+    } else if (this.hasClosed) {
+      outcome = "EBADF";
+    } else if (this.peerHasEnded) {
+      outcome = "end";
+    } else if (this.isDisconnected) {
+      outcome = this.failure;
+    }
+    if (outcome === undefined) return;
+    this.outcomes[this.reader] = outcome;
+    this.reader = undefined;
+  }
+
+  private settleWriters(): void {
+    if (this.hasClosed) this.failWriters("EBADF");
+    else if (this.hasShutDown) this.failWriters("EPIPE");
+    else if (this.failure !== "") this.failWriters(this.failure);
+  }
+
+  /** Sends what there is room for, in the order of the calls. */
   private write(): void {
-    for (let writer; (writer = this.writers[0]); this.writers.shift()) {
-      if (this.rst && !this.sendEnd) [this.met, this.sendEnd] = [true, "ECONNRESET"];
-      if (this.sendEnd) return this.fail(this.sendEnd);
-      writer.unsent = writer.unsent.slice(this.take(writer.unsent));
-      if (writer.unsent !== "") return void this.waits++;
+    this.settleWriters();
+    if (this.hasReset && this.writers.length > 0) {
+      this.hasWriteMetReset = true;
+      this.failure = this.peerHasEnded ? "EPIPE" : "ECONNRESET";
+      this.failWriters(this.failure);
+    }
+    for (;;) {
+      const writer = this.writers[0];
+      if (writer === undefined) return;
+      const taken = this.takeToSend(writer.unsent);
+      writer.unsent = writer.unsent.slice(taken);
+      if (writer.unsent !== "") return;
       this.outcomes[writer.call] = "sent";
+      this.writers.shift();
     }
   }
-  private fail(code: string): void {
-    for (const { call } of this.writers.splice(0)) this.outcomes[call] = code;
+
+  private failWriters(code: string): void {
+    for (const { call } of this.writers) this.outcomes[call] = code;
+    this.writers = [];
   }
 }
 
-/** A `Connection` on a stand-in for Bun's socket, which does what Bun's was seen to do. */
-class Played extends Kernel {
-  readonly socket = this as unknown as Socket<Connection>;
-  readonly data = new Connection(this.socket, 60);
-  private paused = false;
-  private short = false;
-  private ended = false;
-  private met = false;
-  private readonly timers = new Set<{ delay: number; ring: () => void; holds: boolean }>();
-  recv = (maxLength: number) => this.note(this.data.recv(maxLength));
-  sendAll = () => this.note(this.data.sendAll("WXYZ"));
-  close = () => this.data.close();
-  private note(outcome: Promise<Buffer | void>): void {
-    const call = this.outcomes.push("waits") - 1;
-    const shown = (bytes: Buffer) =>
-      bytes.length < bytes.buffer.byteLength ? "shared memory" : `${bytes}` || "end of stream";
-    outcome.then(
-      (bytes) => (this.outcomes[call] = bytes ? shown(bytes) : "sent"),
-      (error) => (this.outcomes[call] = error.code ?? "refused"),
-    );
+/** A `Connection` on a stand-in for Bun's socket, which does what Bun's was seen to do on Linux. */
+class PlayedConnection extends Network {
+  private isPaused = false; // Bun is not to read from the kernel.
+  private isWriteShort = false; // Bun owes a `drain`.
+  private hasToldEnd = false; // Bun calls `end` once.
+  private hasWriteMetReset = false; // Bun then reports an end without an error.
+  private timers = new Set<{ delay: number; ring: () => void }>();
+  private immediates: (() => void)[] = [];
+  private readonly socket = this.standIn();
+  private readonly connection: Connection;
+
+  constructor() {
+    super();
+    Object.assign(globalThis, {
+      setTimeout: (ring: () => void, delay: number) => this.startTimer(ring, delay),
+      clearTimeout: (timer: never) => this.timers.delete(timer),
+      setImmediate: (callback: () => void) => this.immediates.push(callback),
+    });
+    this.connection = new Connection(this.socket, TIMEOUT);
+    this.socket.data = this.connection; // where the handlers find it
   }
 
-  // What a connection calls of Bun
-  readonly pause = () => void (this.paused = true);
-  readonly resume = () => void (this.paused = false);
-  readonly shutdown = () => void (this.shut = true);
-  write(bytes: string | Uint8Array<ArrayBuffer>): number {
-    this.met ||= this.rst;
-    if (this.rst || this.shut) return -1;
-    const taken = this.take(typeof bytes === "string" ? bytes : `${Buffer.from(bytes)}`);
-    this.short = taken < bytes.length;
+  countTimers(): number {
+    return this.timers.size;
+  }
+
+  recv(): void {
+    const showBytes = (bytes: Buffer) => (bytes.length === 0 ? "end" : String(bytes));
+    this.noteOutcome(this.connection.recv(RECV_LENGTH).then(showBytes));
+  }
+
+  sendAll(): void {
+    const showSent = () => "sent";
+    this.noteOutcome(this.connection.sendAll(MESSAGE_SENT).then(showSent));
+  }
+
+  shutdown(): void {
+    this.connection.shutdown();
+  }
+
+  close(): void {
+    this.connection.close();
+  }
+
+  /** Bun looks at its sockets, then at its timers, then at what waits for the turn to be over. */
+  turn(): void {
+    drainMicrotasks();
+    this.poll();
+    drainMicrotasks();
+    this.ringTimers(0);
+    const { immediates } = this;
+    this.immediates = [];
+    for (const callback of immediates) callback();
+    drainMicrotasks();
+  }
+
+  minutePasses(): void {
+    drainMicrotasks();
+    this.ringTimers(60_000); // A process that was busy hears of its timers first.
+    this.turn();
+    this.turn();
+  }
+
+  /** The socket as the connection knows it. */
+  private standIn(): Socket<Connection> {
+    const socket = {
+      setKeepAlive: () => {},
+      pause: () => {
+        this.isPaused = true;
+      },
+      resume: () => {
+        this.isPaused = false;
+      },
+      write: (bytes: Uint8Array, start: number, count: number) => this.write(bytes, start, count),
+      shutdown: () => {
+        this.hasSentFin = true;
+      },
+      end: () => this.closeSocket(),
+    };
+    return socket as unknown as Socket<Connection>;
+  }
+
+  private write(bytes: Uint8Array, start: number, count: number): number {
+    if (this.hasReset) this.hasWriteMetReset = true;
+    if (this.hasReset || this.hasSentFin) return -1;
+    const taken = this.takeToSend(String(Buffer.from(bytes).subarray(start, start + count)));
+    this.isWriteShort = taken < count;
     return taken;
   }
-  end(error?: Error): void {
-    if (!this.open) return;
-    this.open = false;
-    void Connection.handlers.close?.(this.socket, error);
-  }
-  readonly setTimeout = (ring: (...args: unknown[]) => void, delay: number, ...args: unknown[]) => {
-    const timer = { delay, ring: () => ring(...args), holds: true };
-    if (![0, 4000, 60_000].includes(delay)) throw new RangeError(`a timer of ${delay} ms`);
-    this.waits += delay === 60_000 ? 1 : 0;
-    this.timers.add(timer);
-    return Object.assign(timer, { unref: () => (timer.holds = false) });
-  };
-  readonly clearTimeout = (timer: never) => void this.timers.delete(timer);
 
-  // What Bun does
-  waiting = () => [...this.timers].filter(({ holds }) => holds).length;
   private poll(): void {
-    drainMicrotasks();
-    if (this.open && this.short && this.room > 1 && !this.rst) {
-      this.short = false;
-      void Connection.handlers.drain?.(this.socket);
+    // The kernel tells of room only when there is a lot of it.
+    if (this.isOpen && this.isWriteShort && this.room > 1 && !this.hasReset) {
+      this.isWriteShort = false;
+      this.call("drain");
       drainMicrotasks();
     }
-    // Before a reset it reads all that there is, although the socket may be paused.
-    const reads = () => this.open && (!this.paused || (this.rst && !this.met));
-    if (this.arrived !== "" && reads()) {
-      const bytes = Buffer.from(this.arrived);
-      this.arrived = "";
-      void Connection.handlers.data?.(this.socket, bytes);
+    if (this.isReading() && this.kernel !== "") {
+      const bytes = Buffer.from(this.kernel);
+      this.kernel = "";
+      this.call("data", bytes);
       drainMicrotasks();
     }
-    if (this.arrived !== "" || !reads()) return;
-    if ((this.fin || this.met) && !this.ended && !this.shut) {
-      this.ended = true;
-      void Connection.handlers.end?.(this.socket);
+    // The handler of `data` may have paused the socket: then Bun looks no further.
+    if (!this.isReading()) return;
+    if ((this.hasFin || this.hasWriteMetReset) && !this.hasToldEnd && !this.hasSentFin) {
+      this.hasToldEnd = true;
+      this.call("end");
       drainMicrotasks();
     }
-    const code = this.fin ? "EPIPE" : "ECONNRESET";
-    if (this.rst) this.end(this.met ? undefined : Object.assign(new Error(code), { code }));
-    else if (this.fin && this.shut) this.end();
+    if (this.hasReset && this.hasWriteMetReset) this.closeSocket();
+    else if (this.hasReset) this.closeSocket(this.hasFin ? "EPIPE" : "ECONNRESET");
+    else if (this.hasFin && this.hasSentFin) this.closeSocket();
   }
-  private ring(time: number): void {
-    drainMicrotasks();
-    for (const timer of [...this.timers].filter(({ delay }) => delay <= time)) {
+
+  /** Bun tells of a reset even to a socket that has paused, unless a write has met the reset. */
+  private isReading(): boolean {
+    const isRead = !this.isPaused || (this.hasReset && !this.hasWriteMetReset);
+    return this.isOpen && isRead;
+  }
+
+  private closeSocket(code?: string): void {
+    if (!this.isOpen) return;
+    this.isOpen = false;
+    this.call("close", code === undefined ? undefined : Object.assign(new Error(code), { code }));
+  }
+
+  /** Calls a handler of the connection. Whoever it wakes goes on in a microtask. */
+  private call(name: "data" | "end" | "close" | "drain", argument?: unknown): void {
+    const handler = Connection.handlers[name] as (socket: unknown, argument: unknown) => void;
+    handler(this.socket, argument);
+  }
+
+  private startTimer(ring: () => void, delay: number): unknown {
+    if (![0, 4000, 60_000].includes(delay)) throw new RangeError(`a timer of ${delay} ms`);
+    const timer = { ring, delay };
+    this.timers.add(timer);
+    return timer;
+  }
+
+  private ringTimers(time: number): void {
+    for (const timer of [...this.timers]) {
+      if (timer.delay > time) continue;
       this.timers.delete(timer);
       timer.ring();
       drainMicrotasks();
     }
   }
-  turn(): void {
-    this.poll();
-    this.ring(0);
-    this.poll();
-  }
-  minutePasses(): void {
-    this.ring(60_000);
-    this.turn();
-    this.turn();
-  }
-}
 
-/** The first three moves are the peer's. After a reset it makes none; after its end, only a reset. */
-function* sequences(length: number): Generator<Move[]> {
-  if (length === 0) return yield [];
-  for (const moves of sequences(length - 1)) {
-    const over = moves.includes("peerResets") ? 3 : moves.includes("peerEnds") ? 2 : 0;
-    for (const move of Object.keys(MOVES).slice(over)) yield [...moves, move as Move];
+  private noteOutcome(outcome: Promise<string>): void {
+    const call = this.outcomes.length;
+    this.outcomes.push("waits");
+    const note = (text: string) => {
+      this.outcomes[call] = text;
+    };
+    outcome.then(note, (error) => note(error.code ?? "refused"));
   }
 }
-
-/** Makes the moves, with a turn after each whose bit is set in `turns`, and compares. */
-function play(moves: Move[], turns: number): void {
-  const [played, model] = [new Played(), new Blocking()];
-  Object.assign(globalThis, { setTimeout: played.setTimeout, clearTimeout: played.clearTimeout });
-  for (const [i, move] of moves.entries()) {
-    MOVES[move](played);
-    MOVES[move](model);
-    if (!(turns & (1 << i))) continue;
-    played.turn();
-    model.turn();
-    if (state(played) === state(model)) continue;
-    const made = moves.map((move, j) => move + (turns & (1 << j) ? ";" : ",")).join(" ");
-    expect(`${made} ${state(played)}`).toBe(`${made} ${state(model)}`);
-  }
-}
-const state = (s: Played | Blocking) =>
-  [s.outcomes, s.sent, s.shut, s.open, s.open && s.arrived, s.waits, s.waiting()].join("|");
-
-const real = { setTimeout, clearTimeout };
-afterEach(() => void Object.assign(globalThis, real));
-
-test("a connection does what a blocking socket does in every order of events", () => {
-  for (const moves of sequences(5)) play(moves, 0b11111);
-  // With a turn after the last move, and not after all of the others.
-  for (const moves of sequences(4)) for (let turns = 8; turns < 15; turns++) play(moves, turns);
-});
-
-// ---- Real sockets and processes -----------------------------------------------------------------
-test("a connection carries bytes of every kind, both ways at once, in random sizes", async () => {
-  const text = "€uro".repeat(MiB);
-  const bytes = Buffer.from(new Uint8Array(20 * MiB).map((_, i) => i % 251));
-  const wanted = Buffer.concat([Buffer.from(text), bytes]);
-  const size = () => 2 * Math.floor(2 ** (Math.random() * 21));
-  async function both(s: Connection): Promise<void> {
-    const sent = [s.sendAll(text), s.sendAll("")];
-    for (let start = 0, end; start < bytes.length; start = end) {
-      const part = bytes.subarray(start, (end = start + size()));
-      const wide = new Uint16Array(part.buffer, start, part.length / 2);
-      sent.push(s.sendAll(sent.length % 2 ? wide : new DataView(part.buffer, start, part.length)));
-    }
-    for (let start = 0, end; start < wanted.length; start = end) {
-      const part = wanted.subarray(start, (end = start + size()));
-      expect((await recvAll(s, part.length)).equals(part)).toBeTrue();
-    }
-    await Promise.all(sent);
-  }
-  const served = Promise.withResolvers<void>();
-  const serve = (sc: Connection) => both(sc).then(served.resolve, served.reject);
-  using s = await connect(LOCALHOST, await serving(listen(LOCALHOST, 0, serve)));
-  await Promise.all([both(s), served.promise]);
-});
-
-test("a connection puts messages of many sizes together from pieces of many sizes", async () => {
-  const sizes = [1, 2, 15, 0, 16, 17, 31, 100, 3];
-  const stream = Buffer.from(new Uint8Array(185).map((_, i) => i));
-  for (const size of [1, 2, 3, 5, 16, 33, 200]) {
-    const [s, peer] = await pair();
-    const pieces = [...Array(Math.ceil(185 / size)).keys()];
-    void peer.deliver(...pieces.map((i) => stream.subarray(i * size, (i + 1) * size)));
-    let start = 0;
-    for (const length of sizes) {
-      expect(await recvAll(s, length)).toEqual(stream.subarray(start, (start += length)));
-    }
-  }
-});
-
-test("a connection makes the peer hold what nobody reads yet, and loses none of it", async () => {
-  const [[unread, peer], [read, other]] = [await pair(), await pair()];
-  const bytes = Buffer.alloc(64 * MiB, "0123456789abcde");
-  for (const sender of [peer, other]) sender.send(bytes);
-  expect((await recvAll(read, bytes.length)).equals(bytes)).toBeTrue();
-  expect(peer.unsent.length).toBeGreaterThan(bytes.length / 2);
-  expect((await recvAll(unread, bytes.length)).equals(bytes)).toBeTrue();
-});
-
-test("a connection gives the bytes before a reset, then the error, also after a failed write", async () => {
-  for (const data of [undefined, HI]) {
-    const [s, peer] = await pair();
-    // Two pieces pause the socket. Only Linux was seen to deliver the bytes sent after that.
-    await peer.deliver(...(hasProc ? ["ab", "cd"] : ["abcd"]));
-    peer.send("ef");
-    peer.socket.terminate();
-    const error = { code: "ECONNRESET", message: "connection reset by peer" };
-    // Bun hears of the reset in its next turn, and a write hears of it at once.
-    if (data) expect(await failure(s.sendAll(data))).toMatchObject(error);
-    else await once(events, "close");
-    expect(`${await recvAll(s, 6)}`).toBe("abcdef");
-    for (let i = 0; i < 2; i++) expect(await failure(s.recv(16))).toMatchObject(error);
-  }
-});
-
-test("a connection that this process cuts off fails, and does not seem to end", async () => {
-  const peer = await Peer.dial(await serving());
-  await peer.deliver("Hi ther");
-  started.pop()?.stop(true);
-  expect(await printed(err, 1)).toEqual([`${peer.name}: the connection was cut off`]);
-});
-
-test("a connection brings all that was sent before the close, and then frees its process", async () => {
-  const { port, peer } = peerListens();
-  const code = `import { connect, recvAll } from "./tcp_local.ts";
-    const s = await connect("${LOCALHOST}", ${port});
-    await recvAll(s, 16);
-    await s.sendAll(Buffer.alloc(${16 * MiB}));
-    s.close();
-    setTimeout(() => process.exit(1), 2000).unref(); // never runs if the process can end`;
-  const program = new Program(["-e", code]);
-  (await peer).send(Buffer.alloc(17)); // of which one is unread at the close
-  (await peer).socket.shutdown();
-  expect((await (await peer).all()).length).toBe(16 * MiB);
-  expect(await (await peer).closed.promise).toBe("in order");
-  expect(await program.process.exited).toBe(0);
-});
-
-test("a connection refuses a second reader, however late in the tick, and the first gets all", async () => {
-  for (let turns = 0; turns < 8; turns++) {
-    const [s, peer] = await pair();
-    await peer.deliver(HI.subarray(0, 10));
-    const first = recvAll(s, 16);
-    for (let turn = 0; turn < turns; turn++) await null;
-    expect(`${await failure(recvAll(s, 16))}`).toContain("while another recv is pending");
-    peer.send(Buffer.concat([HI.subarray(10), BYE]));
-    expect([await first, await recvAll(s, 16)]).toEqual([HI, BYE]);
-  }
-});
-
-test("recv refuses a bad length, and a closed connection refuses every call", async () => {
-  const [s] = await pair();
-  for (const n of [0, -1, 1.5, NaN]) expect(await failure(s.recv(n))).toBeInstanceOf(RangeError);
-  s.close();
-  const calls = [s.recv(16), s.sendAll(HI), s.sendAll("")];
-  for (const call of calls) expect(`${await failure(call)}`).toContain("connection is closed");
-});
-
-test("a silent peer times out, and one without a timeout is kept", async () => {
-  const stalled = await Peer.dial(await serving(server(LOCALHOST, 0, 0.2)));
-  const [[s, peer], [patient, late]] = [await pair(0.2), await pair(Infinity)];
-  const pending = patient.recv(16);
-  const error = { code: "ETIMEDOUT", message: "timed out" };
-  expect(await failure(s.recv(16))).toMatchObject(error);
-  expect(await stalled.all()).toBe("");
-  expect(await printed(err, 1)).toEqual([`${stalled.name}: timed out`]);
-  await peer.deliver("Hi ");
-  expect(await failure(recvAll(s, 16))).toMatchObject(error); // in the middle of a message
-  for (const other of [peer, late]) other.send("here");
-  expect(`${await s.recv(16)} ${await pending}`).toBe("here here");
-});
-
-test("a reply and a FIN that come while the process is busy are in time", async () => {
-  const [[s, peer], [other, caller]] = [await pair(0.1), await pair()];
-  caller.send("?");
-  // After the turn of another socket, the timers are the first to be looked at.
-  await other.recv(1);
-  const reply = recvAll(s, 16);
-  const start = performance.now();
-  while (performance.now() - start < 200);
-  peer.send(BYE);
-  peer.socket.shutdown();
-  expect([await reply, await s.recv(1)]).toEqual([BYE, Buffer.alloc(0)]);
-});
-
-test("a timeout counts the look-up, and closes a connection that is made too late", async () => {
-  const { port, peer } = peerListens();
-  const answer = Promise.withResolvers<Awaited<ReturnType<typeof Bun.dns.lookup>>>();
-  const none = Promise.withResolvers<never>();
-  using lookup = spyOn(Bun.dns, "lookup");
-  lookup.mockReturnValueOnce(answer.promise).mockReturnValueOnce(none.promise);
-  const error = { message: `cannot connect to ('name', ${port}): timed out`, code: "ETIMEDOUT" };
-  for (let i = 0; i < 2; i++)
-    expect(await failure(connect("name", port, 0.1))).toMatchObject(error);
-  none.reject(new Error("too late"));
-  answer.resolve([{ address: LOCALHOST, family: 4, ttl: 0 }]);
-  expect(await (await peer).all()).toBe("");
-});
-
-test("an error says why a name was not found", async () => {
-  using lookup = spyOn(Bun.dns, "lookup");
-  for (const [code, words] of [
-    ["DNS_ENOTFOUND", "name or service not known"],
-    ["DNS_EAI_AGAIN", "temporary failure in name resolution"],
-    ["DNS_EBADFAMILY", "address family for hostname not supported"],
-  ] as const) {
-    lookup.mockRejectedValueOnce(Object.assign(new Error("?"), { code }));
-    const message = `cannot resolve "it's\\x1b[2J": ${words}`;
-    expect(await failure(connect("it's\x1b[2J"))).toMatchObject({ message, code });
-  }
-  lookup.mockResolvedValueOnce([]);
-  expect(`${await failure(server("name"))}`).toContain("'name': name or service not known");
-  expect(lookup).toHaveBeenLastCalledWith("name", { family: 4, backend: "system" });
-});
-
-test("an error says where it cannot connect or listen, and why", async () => {
-  const [s] = await pair();
-  const { port } = s.sockname; // which nobody listens on
-  const taken = await serving();
-  const calls = [connect(LOCALHOST, port), server(LOCALHOST, taken), server("", -1)];
-  expect(await Promise.all(calls.map(async (call) => `${await failure(call)}`))).toEqual([
-    `Error: cannot connect to ('127.0.0.1', ${port}): connection refused or host unreachable`,
-    `Error: cannot listen at ('127.0.0.1', ${taken}): address already in use`,
-    expect.stringMatching(/^Error: cannot listen at \('0\.0\.0\.0', -1\): \S/),
-  ]);
-});
-
-test("a server prints what the original does for each client, and replies", async () => {
-  const port = await serving();
-  const [odd, surplus] = ["it's \x1b[2J\0\n\\ 567", Buffer.alloc(70_000)];
-  const lines = [`Listening at ('127.0.0.1', ${port})`];
-  for (const pieces of [[HI], [odd], [Buffer.concat([HI, surplus])], [HI, "?", surplus]]) {
-    const peer = await Peer.dial(port);
-    for (const piece of pieces) peer.send(piece);
-    if (pieces[0] === odd) peer.socket.shutdown();
-    expect(await peer.all()).toBe("Farewell, client");
-    peer.socket.end();
-    expect(await peer.closed.promise).toBe("in order");
-    const shown = pieces[0] === odd ? String.raw`"it's \x1b[2J\x00\n\\ 567"` : `'${HI}'`;
-    lines.push(...transcript(LOCALHOST, port, peer.name, shown));
-  }
-  expect([out, err]).toEqual([lines, []]);
-});
-
-test.each([0, 1, 15])("a server names who ended or reset after %p bytes", async (length) => {
-  const port = await serving();
-  const [ends, resets] = [await Peer.dial(port), await Peer.dial(port)];
-  for (const peer of [ends, resets]) if (length > 0) await peer.deliver(HI.subarray(0, length));
-  ends.socket.shutdown();
-  expect(await ends.all()).toBe("");
-  resets.socket.terminate();
-  expect(await printed(err, 2)).toEqual([
-    `${ends.name}: socket closed ${length} bytes into a 16-byte message`,
-    `${resets.name}: connection reset by peer`,
-  ]);
-  expect(await exchange(port)).toBe("Farewell, client");
-});
-
-test("a server reports a client gone before its address was read, and goes on", async () => {
-  const port = await serving();
-  const code = `for (const _ of "123") (await Bun.connect({ hostname: "${LOCALHOST}", port: ${port},
-      socket: { data() {} } })).terminate();`;
-  // While this process waits for the other, it accepts nobody. A kernel may drop them itself.
-  run("-e", code);
-  expect(await exchange(port)).toBe("Farewell, client");
-  const lines = Array(3).fill("a client: connection reset by peer");
-  expect(hasProc ? [lines] : [lines, []]).toContainEqual(err);
-});
-
-test("a custom server reports in one line who failed and why, and goes on serving", async () => {
-  const errors = [new Error("in two\nlines"), "a string"];
-  const serve = async (sc: Connection) => {
-    if (errors.length > 0) throw errors.shift();
-    await sc.recv(16);
-    await sc.sendAll(Buffer.alloc(16 * MiB));
-  };
-  const port = await serving(listen(LOCALHOST, 0, serve));
-  for (const why of ["in two lines", "a string", undefined]) {
-    const peer = await Peer.dial(port);
-    peer.socket.shutdown(); // which leaves the other direction as it is
-    expect((await peer.all()).length).toBe(why ? 0 : 16 * MiB);
-    expect(err.splice(0)).toEqual(why ? [`${peer.name}: ${why}`] : []);
-  }
-});
-
-const sendsPart = (peer: Peer) => [peer.send("Fare"), peer.socket.shutdown()];
-test.each<[string, string, (peer: Peer) => unknown]>([
-  ["byte by byte", "The server said 'Farewell, client'", (peer) => peer.deliver(...`${BYE}`)],
-  ["too much", "The server said 'Farewell, client'", (peer) => peer.send(`${BYE}`.repeat(MiB))],
-  ["too little", "socket closed 4 bytes into a 16-byte message", sendsPart],
-  ["nothing", "timed out", () => {}],
-])("the client, when the server replies %s: %s", async (_, outcome, reply) => {
-  const { port, peer } = peerListens();
-  const asking = client(LOCALHOST, port, 0.5).then(() => out[1]);
-  await reply(await peer);
-  expect(await asking.catch((error) => error.message)).toBe(outcome);
-  expect(await (await peer).all()).toBe(`${HI}`);
-  expect(out[0]).toMatch(/^Client has been assigned socket name \('127\.0\.0\.1', \d+\)$/);
-});
-
-test("the client says so when a server resets at once", async () => {
-  const nameless = {} as Socket<Connection>; // which is what Bun opens then
-  using dialled = spyOn(Bun, "connect");
-  dialled.mockImplementation(async ({ socket: { open } }) => (open?.(nameless as never), nameless));
-  const message = "cannot connect to ('127.0.0.1', 1): connection reset by peer";
-  expect(await failure(client(LOCALHOST, 1))).toMatchObject({ message, code: "ECONNRESET" });
-});
-
-test.each([
-  [[], LOCALHOST],
-  [["127.1"], LOCALHOST],
-  [["127.0.0.010"], "127.0.0.8"],
-  [[""], "0.0.0.0"],
-])("given %j, the command line uses host %p, port 1060 and 60 seconds", async (host, hostname) => {
-  const [listener, dial] = [await server(LOCALHOST, 0), Bun.connect<Connection>];
-  const here = { hostname: LOCALHOST, port: await serving(Promise.resolve(listener)) };
-  using timers = spyOn(globalThis, "setTimeout");
-  using bound = spyOn(Bun, "listen").mockReturnValue(listener as never);
-  using dialled = spyOn(Bun, "connect");
-  dialled.mockImplementation((options) => dial({ ...options, ...here } as never) as never);
-  void main(["server", ...host]);
-  expect(await main(["client", ...host])).toBe(0);
-  expect(await printed(out, 9)).toContain("The server said 'Farewell, client'");
-  expect(new Set(timers.mock.calls.map(([, delay]) => delay))).toEqual(new Set([60_000]));
-  for (const { mock } of [bound, dialled])
-    expect(mock.calls[0]?.[0]).toMatchObject({ hostname, port: 1060 });
-});
-
-test("the command line says in one line what is wrong", async () => {
-  const usage = "usage: tcp_local.ts server|client [host]";
-  const wrong = ["", ",", "foo", "foo,bar", "127.0.0.1", "Server", "--help", "server,x,y"];
-  for (const args of wrong) expect(await main(args.split(","))).toBe(2);
-  expect(err.splice(0)).toEqual(wrong.map(() => usage));
-  expect(run("tcp_local.ts")).toEqual([2, "", `${usage}\n`]);
-  const error = "tcp_local.ts: cannot listen at ('192.0.2.1', 1060): address not available";
-  expect(await main(["server", "192.0.2.1"])).toBe(1);
-  expect(err).toEqual([error]);
-  expect(run("tcp_local.ts", "server", "192.0.2.1")).toEqual([1, "", `${error}\n`]);
-});
-
-test("the command line serves on when its standard output is closed", async () => {
-  const program = await serverProgram(false);
-  for (let i = 0; i < 3; i++) expect(await exchange(program.port)).toBe("Farewell, client");
-});
-
-/** An address with port 1060 free: on 127.0.0.1, which every machine has, it may be taken. */
-const hosts = [`127.0.1.${Math.ceil(Math.random() * 250)}`, LOCALHOST].map((host) =>
-  listen(host, 1060, () => {}).then((listener) => (listener.stop(), host)),
-);
-const host = await Promise.any(hosts).catch(() => "");
-const where = host ? "" : ", which another program holds,";
-const to = `on port 1060${where} both sides print what the original does, until %s`;
-test.skipIf(!host).each(["SIGINT", "SIGTERM"] as const)(to, async (signal) => {
-  const program = new Program(["tcp_local.ts", "server", host]);
-  await program.until((text) => text === `Listening at ('${host}', 1060)\n`);
-  const [status, out, err] = run("tcp_local.ts", "client", host);
-  const [line, name = ""] = /^Client has been assigned socket name (.*)\n/.exec(out) ?? [];
-  expect([status, out, err]).toEqual([0, `${line}The server said 'Farewell, client'\n`, ""]);
-  const lines = [program.text.trim(), ...transcript(host, 1060, name, `'${HI}'`), ""].join("\n");
-  await program.until((text) => text.length >= lines.length);
-  const inUse = `tcp_local.ts: cannot listen at ('${host}', 1060): address already in use\n`;
-  expect(run("tcp_local.ts", "server", host)).toEqual([1, "", inUse]);
-  program.process.kill(signal);
-  await program.process.exited;
-  expect([program.process.signalCode, program.text]).toEqual([signal, lines]);
-});
-
-const readme = await Bun.file(`${cwd}/README.md`).text();
-const [asking, echoing] = readme.match(/(?<=```ts\n)import .*?(?=```)/gs) ?? [];
-
-test("the README has a client that talks to the server", async () => {
-  const program = await serverProgram();
-  const script = `${asking}`.replace("1060", `${program.port}`);
-  expect(run("-e", script)).toEqual([0, "Farewell, client\n", ""]);
-});
-
-test("the README has a server for messages with their length in front", async () => {
-  const script = `${echoing}console.log(port)`.replace("1061", "0");
-  const program = new Program(["-e", script.replace("await", "const { port } = await")]);
-  await program.until((text) => text.endsWith("\n"));
-  const [polite, greedy] = [await Peer.dial(program.port), await Peer.dial(program.port)];
-  const messages = "\0\0\0\x05first\0\0\0\x06second";
-  polite.send(messages);
-  polite.socket.shutdown();
-  expect(await polite.all()).toBe(messages);
-  greedy.send("\0\x01\0\x01");
-  expect(await greedy.all()).toBe("");
-  const line = `${greedy.name}: a message of 65537 bytes is too long\n`;
-  await program.until((text) => text.split("\n").slice(1).join("\n") === line);
-});
-
-const descriptors = ({ process: { pid } }: Program) => readdirSync(`/proc/${pid}/fd`).length;
-/** The most memory that it has held so far, in bytes. */
-const peakMemory = ({ process: { pid } }: Program) =>
-  1024 * Number(/(?<=VmHWM:\s+)\d+/.exec(readFileSync(`/proc/${pid}/status`, "latin1")));
-
-test.skipIf(!hasProc)("a server does not hold the 128 MiB that follow a message", async () => {
-  const program = await serverProgram();
-  await exchange(program.port);
-  const before = peakMemory(program);
-  for (const length of [15, 16, 17]) {
-    const peer = await Peer.dial(program.port);
-    peer.send(Buffer.alloc(length));
-    peer.send(Buffer.alloc(128 * MiB));
-    expect(await peer.all()).toBe("Farewell, client");
-    while (peer.unsent.length > 0) await once(events, "peer");
-    expect(await exchange(program.port)).toBe("Farewell, client");
-  }
-  expect(peakMemory(program)).toBeLessThan(before + 64 * MiB);
-});
-
-test.skipIf(!hasProc)("a server holds little for clients that reset or stall", async () => {
-  const program = await serverProgram();
-  await exchange(program.port);
-  const [memory, fds] = [peakMemory(program), descriptors(program)];
-  for (let i = 0; i < 200; i++) {
-    const peer = await Peer.dial(program.port);
-    peer.send(HI.subarray(0, i % 17));
-    if (i % 3 === 0) await exchange(program.port);
-    peer.socket.terminate();
-  }
-  const peers = await Promise.all(Array.from({ length: 200 }, () => Peer.dial(program.port)));
-  for (const peer of peers) peer.send("Hi ther");
-  expect(await exchange(program.port)).toBe("Farewell, client");
-  for (const peer of peers.slice(100)) peer.send("e, server");
-  for (const peer of peers.slice(100)) expect(await peer.all()).toBe("Farewell, client");
-  for (const peer of peers) peer.socket.end();
-  do expect(await exchange(program.port)).toBe("Farewell, client");
-  while (descriptors(program) > fds);
-  expect(peakMemory(program)).toBeLessThan(memory + 32 * MiB);
-  // Seven lines in many copies: however many clients there are, each line is whole.
-  const text = program.text.replaceAll(/\('127.0.0.1', \d+\)|a client/g, "*").trim();
-  expect(new Set(text.split("\n")).size).toBe(7);
-});
