@@ -1371,12 +1371,9 @@ describe("the command line", () => {
     expect(hasReturned).toBeFalse();
   });
 
-  test("shows also what is no Error in one line", async () => {
+  test("says so when it may not listen", async () => {
     const { err } = captured();
-    using bound = spyOn(Bun, "listen");
-    bound.mockImplementation(() => {
-      throw { code: "EACCES" };
-    });
+    using _bound = refuses("listen", "EACCES");
     expect(await program.main(["server"])).toBe(1);
     expect(err).toEqual(["tcp_local.ts: cannot listen at ('127.0.0.1', 1060): permission denied"]);
   });

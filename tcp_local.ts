@@ -126,8 +126,8 @@ export async function main(args: string[]): Promise<number> {
     }
     return 0;
   } catch (error) {
-    const reason = error instanceof Error ? error.message : error;
-    console.error(`tcp_local.ts: ${reason}`);
+    const { message } = error as Error;
+    console.error(`tcp_local.ts: ${message}`);
     return 1;
   }
 }
@@ -449,7 +449,8 @@ export class Connection {
     } catch (error) {
       // All that wait for `#sending` are given the same error. Each throws one of its own, which
       // shows the line of its own caller.
-      throw fillIn(new SocketError(""), error);
+      if (error instanceof SocketError) throw new SocketError(error.code);
+      throw error;
     } finally {
       this.#sending = undefined;
     }
