@@ -26,9 +26,9 @@ export const PORT = 1060;
  * the next `recv`. A `length` of 0 reads nothing. A timeout of `sock` limits each `recv`, not the
  * whole message.
  *
- * Rejects with an `EOFError` if the stream ends first, and with the error of `recv` if that
- * rejects. Either way, the bytes received so far are lost, and the stream is out of step: close
- * the connection. (An `EOFError` has the bytes as `partial`.)
+ * Rejects with an `EOFError` if the stream ends first. Rejects with the error of `recv` if that
+ * rejects, also for a timeout. Then the part of the message that was received already is lost, so
+ * close the connection.
  *
  * Rejects with a `RangeError`, and reads nothing, if `length` is not 0 or a positive integer.
  */
@@ -69,8 +69,8 @@ export class EOFError extends Error {
 }
 
 /**
- * Answers every client that connects to `host`, and prints what the Python program prints. Its
- * variables have the same names as there. A client that is silent for `timeout` seconds is
+ * Answers every client that connects to `host`, and prints what the Python program prints. The
+ * variables are named as in that program. A client that is silent for `timeout` seconds is
  * disconnected.
  *
  * Resolves to Bun's listener, which accepts clients until it is stopped.
@@ -91,7 +91,7 @@ export async function server(
     console.log(`Listening at ${address}`); // The Python program waits for the next client now.
   }
 
-  // It calls `serve` for a client. By then, `address` is set.
+  // `listen` calls `serve` when a client has connected. By then, `address` is set.
   const listener = await listen(host, port, serve, timeout);
   const address = new Address(listener.hostname, listener.port); // prints as ('127.0.0.1', 1060)
   console.log(`Listening at ${address}`);
@@ -162,8 +162,8 @@ export class SocketError extends Error {
 }
 
 /**
- * The error to throw when `attempt` fails because of `cause`. If that is a wrong argument, it is a
- * mistake of our caller, and is thrown as it is.
+ * Makes the error to throw when `attempt` fails because of `cause`. If that complains of a wrong
+ * argument, it is a mistake of our caller, and is returned as it is.
  */
 function failureOf(attempt: string, cause: unknown): unknown {
   if (cause instanceof TypeError || cause instanceof RangeError) return cause;
@@ -175,9 +175,9 @@ function failureOf(attempt: string, cause: unknown): unknown {
 /**
  * Gives `blank` the code and the words of `error`, and returns it.
  *
- * An error shows the line where it was made, and the lines that wait for that. An error that is
- * made late, by a handler say, does not show the line that called `connect`. So `connect` makes a
- * blank one first of all, which does, and fills it in if something fails.
+ * An error shows the lines that have led to it. But if a line at the top level of a module waits
+ * with `await`, Bun does not show that line. So `connect` and `listen` make a blank error before
+ * they wait for anything. It shows their caller in any case. If they fail, they fill it in.
  */
 function fillIn(blank: SocketError, error: unknown): unknown {
   if (!(error instanceof SocketError)) return error;
@@ -235,8 +235,8 @@ class Condition {
   }
 
   #onTimer(): void {
-    // If the process was busy, bytes may have arrived in time, and Bun has not read them yet. It
-    // reads them before the next timer fires, which makes sure that there are none.
+    // If the process was busy, bytes may have arrived in time that Bun has not read yet. It reads
+    // them before the next timer fires. If there are any, `notify` stops that timer.
     this.#timer = setTimeout(() => this.#resolve?.(false), 0);
   }
 }
@@ -262,14 +262,15 @@ const LINGER_TIME = 4;
  * A TCP connection with the methods of a blocking socket. Await `recv` and `sendAll`, which block
  * in Python. As with any promise, a rejection that nobody handles ends the process.
  *
- * If the connection breaks, they reject with a `SocketError`, whose `code` says why:
+ * They reject with a `SocketError`, whose `code` says why:
  *
- * - `ECONNRESET`: The peer has reset it. A `sendAll` that finds it broken says this, too, if Bun
- *   has not told the reason yet.
- * - `EPIPE`: The peer has reset it after its end, or this side has called `shutdown`.
  * - `ETIMEDOUT`: The call made no progress for `timeout` seconds, or the peer has vanished.
- * - `ECONNABORTED`: This process has cut it off with `stop(true)` of Bun's listener. (If it has
- *   called `shutdown` before, `recv` takes that for the end of the stream.)
+ * - `ECONNRESET`: The peer has reset the connection. (A `sendAll` that finds the connection broken
+ *   before Bun tells the reason says so, too.)
+ * - `EPIPE`: This process has called `shutdown`, and cannot send. Or the peer has ended its stream,
+ *   and then reset the connection.
+ * - `ECONNABORTED`: This process has called `stop(true)` of Bun's listener, which breaks the
+ *   connection. (After a `shutdown`, that looks like the end of the stream.)
  * - `EBADF`: This process has called `close`.
  *
  * An open connection keeps the process alive, so declare it with `using`, which closes it.
@@ -289,7 +290,7 @@ export class Connection {
   readonly #socket: Socket<Connection>;
   /** What has arrived, and `recv` has not returned yet. */
   #unread: Buffer = Buffer.alloc(0);
-  /** Whether a `recv` has begun and its caller has not gone on yet. */
+  /** Whether a `recv` is pending. That ends right before its caller goes on: see `recv`. */
   #isReceiving = false;
   /** The `sendAll` that waits for room, if there is one. */
   #sending: Promise<void> | undefined;
@@ -301,7 +302,7 @@ export class Connection {
   #peerHasEnded = false;
   /** The code of the first error. It is empty while there is none. */
   #failure = "";
-  /** Whether Bun has closed the socket. Then the peer has ended or there is a failure. */
+  /** Whether Bun has closed the socket. If so, the peer has ended, or there is a failure. */
   #isDisconnected = false;
   /** Notified when bytes, the end or an error have arrived. */
   readonly #arrival = new Condition();
@@ -330,7 +331,7 @@ export class Connection {
 
   #onData(bytes: Buffer): void {
     if (this.#hasClosed) return;
-    const hasBacklog = this.#unread.length > 0;
+    const hasBacklog = this.#unread.length > 0; // more than enough for a pending `recv`
     const isAwaited = this.#isReceiving && !hasBacklog;
     this.#unread = hasBacklog ? Buffer.concat([this.#unread, bytes]) : bytes;
     // Nobody waits for more, so Bun is to read no more until `recv` resumes the socket. What the
@@ -353,6 +354,7 @@ export class Connection {
     } else if (this.#hasShutDown) {
       this.#onEnd(); // which Bun does not call after a shutdown
     } else {
+      // Bun closes no socket by itself before both sides have ended. This process has done it.
       this.#fail("ECONNABORTED");
     }
     this.#arrival.notify();
@@ -368,8 +370,8 @@ export class Connection {
    * Resolves to at least 1 and at most `maxLength` bytes in a new buffer, as soon as there are any,
    * or to an empty buffer at the end of the stream.
    *
-   * If the connection breaks, it first returns the bytes that arrived before, and only then
-   * rejects. A `recv` that has timed out has lost nothing, and may be called again.
+   * If the connection breaks, the bytes that arrived before can still be received. After that,
+   * `recv` rejects. A `recv` that times out loses nothing, and may be called again.
    *
    * If another `recv` or `recvAll` is pending, rejects with an `Error`, and does not disturb that.
    * Rejects with a `RangeError` if `maxLength` is not a positive integer.
@@ -434,8 +436,8 @@ export class Connection {
     const timeout = this.timeout;
     checkTimeout(timeout);
     const bytes = bytesOf(data);
-    // If a buffer is transferred to a worker while this waits, its length becomes 0. Then `write`
-    // is asked for bytes that are not there, and throws.
+    // If a buffer is transferred to a worker while this waits, its length becomes 0. That must not
+    // look as if all were sent. With the length from before, `write` throws.
     const length = bytes.length;
     try {
       // When a call is done, the one that has waited longest is the first to go on. It sets
@@ -452,7 +454,7 @@ export class Connection {
       if (error instanceof SocketError) throw new SocketError(error.code);
       throw error;
     } finally {
-      this.#sending = undefined;
+      this.#sending = undefined; // None sends now: this one is done, or waited for one that failed.
     }
     calls += 1;
     if (calls % CALLS_PER_TURN === 0) await eventLoopTurn();
@@ -537,7 +539,7 @@ function bytesOf(data: string | NodeJS.ArrayBufferView | ArrayBufferLike): Uint8
 
 /**
  * Connects to a TCP server, like Python's `socket.create_connection`, but over IPv4 only. The
- * `timeout` limits the attempt, in seconds, and is then the connection's. By default, there is none.
+ * `timeout`, in seconds, limits the attempt, and is then the connection's. By default there is none.
  *
  * Rejects with a `SocketError` if `host` cannot be resolved, if none of its addresses accepts, or
  * if the time is up. Bun cannot stop an attempt: the process may live on until the kernel gives up.
@@ -556,12 +558,15 @@ export async function connect(
   const dialling = dial(host, port, timeout, tooLate.signal);
   const done = new Condition();
   const notify = () => done.notify();
-  dialling.then(notify, notify); // Both run later, so not before `wait` is called.
-  try {
-    const isInTime = await done.wait(timeout);
-    if (isInTime) return await dialling;
+  dialling.then(notify, notify); // whether it succeeds or fails
+  const isInTime = await done.wait(timeout);
+  if (!isInTime) {
     tooLate.abort();
-    throw failureOf(`cannot connect to ${new Address(host, port)}`, new SocketError("ETIMEDOUT"));
+    const cause = new SocketError("ETIMEDOUT");
+    throw fillIn(blank, failureOf(`cannot connect to ${new Address(host, port)}`, cause));
+  }
+  try {
+    return await dialling;
   } catch (error) {
     throw fillIn(blank, error);
   }
@@ -596,7 +601,7 @@ async function dial(
 /**
  * Listens at `host`, over IPv4 only, and calls `serve` for each client that connects, without
  * waiting for the others. When its `serve` is done, a connection is closed. It has the `timeout`,
- * in seconds. By default, there is none.
+ * in seconds. By default there is none.
  *
  * If `serve` rejects, standard error gets the client's address and the message. If it rejects with
  * anything but a `SocketError` or an `EOFError`, that is a bug, and its stack is printed too.
@@ -649,20 +654,22 @@ function bind(
   }
 }
 
-/** Resolves to the IPv4 addresses of `host`. As in Python, '' is every interface. */
+/** Resolves to the IPv4 addresses of `host`, at least one. As in Python, '' is every interface. */
 async function lookUp(host: string): Promise<[string, ...string[]]> {
   if (host === "") return ["0.0.0.0"];
   // An address is not looked up: that could wait behind names that no name server answers.
   if (isIPv4(host)) return [host];
+  const attempt = `cannot resolve ${repr(host)}`;
+  let found: Bun.DNSLookup[];
   try {
     // As in Python, the system looks it up. Bun by itself does not know `127.1`.
-    const found = await Bun.dns.lookup(host, { family: 4, backend: "system" });
-    const [first, ...others] = found.map(({ address }) => address);
-    if (first === undefined) throw new SocketError("DNS_ENOTFOUND");
-    return [first, ...others];
+    found = await Bun.dns.lookup(host, { family: 4, backend: "system" });
   } catch (error) {
-    throw failureOf(`cannot resolve ${repr(host)}`, error);
+    throw failureOf(attempt, error);
   }
+  const [first, ...others] = found.map(({ address }) => address);
+  if (first === undefined) throw failureOf(attempt, new SocketError("DNS_ENOTFOUND"));
+  return [first, ...others];
 }
 
 /**
