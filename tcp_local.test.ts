@@ -1078,6 +1078,26 @@ describe("listen", () => {
     expect(err).toEqual([`${sock.sockname}: the connection was cut off`]);
   });
 
+  test("gives what arrived before a `stop(true)`, and then rejects", async () => {
+    const hasArrived = Promise.withResolvers<void>();
+    const isStopped = Promise.withResolvers<void>();
+    const outcome = Promise.withResolvers<unknown[]>();
+    const listener = await serving(async (sock) => {
+      await sock.recv(1); // The rest has arrived, too.
+      hasArrived.resolve();
+      await isStopped.promise;
+      outcome.resolve([String(await sock.recv(100)), await failure(sock.recv(100))]);
+    });
+    using sock = await connect("127.0.0.1", listener.port);
+    await sock.sendAll("hello");
+    await hasArrived.promise;
+    listener.stop(true);
+    isStopped.resolve();
+    const [bytes, error] = await outcome.promise;
+    expect(bytes).toBe("ello");
+    expect(error).toMatchObject({ code: "ECONNABORTED" });
+  });
+
   test("gives what 300 clients sent that reset at once, and then the reset", async () => {
     const messages: string[] = [];
     const errors: unknown[] = [];
@@ -1631,7 +1651,7 @@ async function listening(): Promise<{ port: number; accepted: Promise<net.Socket
   cleanups.push(() => listener.close());
   const { promise: accepted, resolve } = Promise.withResolvers<net.Socket>();
   listener.on("connection", (peer) => {
-    peer.on("error", () => {});
+    peer.on("error", () => {}); // A peer that is reset is no failure of a test.
     cleanups.push(() => peer.destroy());
     resolve(peer);
   });
@@ -1642,7 +1662,7 @@ async function listening(): Promise<{ port: number; accepted: Promise<net.Socket
 /** A client that the test plays, and its address as the module prints it. */
 async function dial(port: number): Promise<{ peer: net.Socket; name: string }> {
   const peer = net.connect({ port, host: "127.0.0.1", allowHalfOpen: true });
-  peer.on("error", () => {}); // A peer that is reset is no failure of a test.
+  peer.on("error", () => {});
   cleanups.push(() => peer.destroy());
   await once(peer, "connect");
   return { peer, name: `('127.0.0.1', ${peer.localPort})` };
