@@ -43,7 +43,7 @@ export async function recvAll(
   let received = 0;
   while (received < length) {
     const more = await sock.recv(length - received);
-    // A string, say, would be copied as zeros.
+    // Where no types are checked, a string could come, and `set` would not complain.
     if (!(more instanceof Uint8Array)) throw new TypeError("recv must resolve to bytes");
     if (more.length === 0) throw new EOFError(data.subarray(0, received), length);
     data.set(more, received);
@@ -80,6 +80,10 @@ export async function server(
   port: number = PORT,
   timeout: number = 60,
 ): Promise<TCPSocketListener<Connection>> {
+  const listener = await listen(host, port, serve, timeout);
+  const address = new Address(listener.hostname, listener.port); // prints as ('127.0.0.1', 1060)
+  console.log(`Listening at ${address}`);
+
   async function serve(sc: Connection): Promise<void> {
     console.log(`We have accepted a connection from ${sc.peername}`);
     console.log(`Socket connects ${sc.sockname} and ${sc.peername}`);
@@ -91,10 +95,6 @@ export async function server(
     console.log(`Listening at ${address}`); // The Python program waits for the next client now.
   }
 
-  // `listen` calls `serve` when a client has connected. By then, `address` is set.
-  const listener = await listen(host, port, serve, timeout);
-  const address = new Address(listener.hostname, listener.port); // prints as ('127.0.0.1', 1060)
-  console.log(`Listening at ${address}`);
   return listener;
 }
 
@@ -162,8 +162,8 @@ export class SocketError extends Error {
 }
 
 /**
- * Makes the error to throw when `attempt` fails because of `cause`. If that complains of a wrong
- * argument, it is a mistake of our caller, and is returned as it is.
+ * Returns the error to throw when `attempt` fails because of `cause`. If `cause` complains of a
+ * wrong argument, that is a mistake of our caller, and `cause` itself is returned.
  */
 function failureOf(attempt: string, cause: unknown): unknown {
   if (cause instanceof TypeError || cause instanceof RangeError) return cause;
@@ -175,9 +175,9 @@ function failureOf(attempt: string, cause: unknown): unknown {
 /**
  * Gives `blank` the code and the words of `error`, and returns it.
  *
- * An error shows the lines that have led to it. But if a line at the top level of a module waits
- * with `await`, Bun does not show that line. So `connect` and `listen` make a blank error before
- * they wait for anything. It shows their caller in any case. If they fail, they fill it in.
+ * The stack of an error leads to the line of the caller, but if that line is at the top level of a
+ * module, only as long as nothing was awaited. So `connect` and `listen` make a blank error first
+ * of all, and fill it in if they fail. (`recv` and `sendAll` are called too often for that.)
  */
 function fillIn(blank: SocketError, error: unknown): unknown {
   if (!(error instanceof SocketError)) return error;
@@ -219,6 +219,10 @@ class Condition {
   #resolve: ((isNotified: boolean) => void) | undefined;
   #timer: ReturnType<typeof setTimeout> | undefined;
 
+  get isAwaited(): boolean {
+    return this.#resolve !== undefined;
+  }
+
   /** Resolves to true when `notify` is called, or to false after `timeout` seconds. */
   wait(timeout: number): Promise<boolean> {
     const { promise, resolve } = Promise.withResolvers<boolean>();
@@ -230,14 +234,19 @@ class Condition {
   }
 
   notify(): void {
-    clearTimeout(this.#timer);
-    this.#resolve?.(true); // This does nothing if the promise is resolved already.
+    this.#endWait(true);
   }
 
   #onTimer(): void {
-    // If the process was busy, bytes may have arrived in time that Bun has not read yet. It reads
-    // them before the next timer fires. If there are any, `notify` stops that timer.
-    this.#timer = setTimeout(() => this.#resolve?.(false), 0);
+    // If the process was busy, what arrived in time may not have been read yet. Bun reads it before
+    // it fires another timer. So a second timer ends the wait, unless `notify` does so before.
+    this.#timer = setTimeout(() => this.#endWait(false), 0);
+  }
+
+  #endWait(isNotified: boolean): void {
+    clearTimeout(this.#timer);
+    this.#resolve?.(isNotified);
+    this.#resolve = undefined;
   }
 }
 
@@ -255,7 +264,7 @@ function eventLoopTurn(): Promise<void> {
   });
 }
 
-/** In seconds: how long `close` waits for the peer to close too. */
+/** In seconds: how long a closed connection discards what arrives, at most. See `close`. */
 const LINGER_TIME = 4;
 
 /**
@@ -265,8 +274,8 @@ const LINGER_TIME = 4;
  * They reject with a `SocketError`, whose `code` says why:
  *
  * - `ETIMEDOUT`: The call made no progress for `timeout` seconds, or the peer has vanished.
- * - `ECONNRESET`: The peer has reset the connection. (A `sendAll` that finds the connection broken
- *   before Bun tells the reason says so, too.)
+ * - `ECONNRESET`: The peer has reset the connection, or a `sendAll` was the first to find that it
+ *   is broken.
  * - `EPIPE`: This process has called `shutdown`, and cannot send. Or the peer has ended its stream,
  *   and then reset the connection.
  * - `ECONNABORTED`: This process has called `stop(true)` of Bun's listener, which breaks the
@@ -290,7 +299,7 @@ export class Connection {
   readonly #socket: Socket<Connection>;
   /** What has arrived, and `recv` has not returned yet. */
   #unread: Buffer = Buffer.alloc(0);
-  /** Whether a `recv` is pending. That ends right before its caller goes on: see `recv`. */
+  /** Whether a `recv` is pending. */
   #isReceiving = false;
   /** The `sendAll` that waits for room, if there is one. */
   #sending: Promise<void> | undefined;
@@ -331,17 +340,17 @@ export class Connection {
 
   #onData(bytes: Buffer): void {
     if (this.#hasClosed) return;
-    const hasBacklog = this.#unread.length > 0; // more than enough for a pending `recv`
-    const isAwaited = this.#isReceiving && !hasBacklog;
-    this.#unread = hasBacklog ? Buffer.concat([this.#unread, bytes]) : bytes;
-    // Nobody waits for more, so Bun is to read no more until `recv` resumes the socket. What the
-    // peer sends meanwhile fills the kernel's buffer, and then the peer has to wait.
-    if (!isAwaited) this.#socket.pause();
+    const isFirst = this.#unread.length === 0;
+    this.#unread = isFirst ? bytes : Buffer.concat([this.#unread, bytes]);
+    // If no `recv` waits, Bun is to read no more until one resumes the socket. What the peer sends
+    // meanwhile fills the kernel's buffer, and then the peer has to wait.
+    if (!this.#arrival.isAwaited) this.#socket.pause();
     this.#arrival.notify();
   }
 
   #onEnd(): void {
-    // Bun also calls this after a write has failed. Then it is not the end of the stream.
+    // Bun also calls this after a write has failed. Then it is not the end of the stream, and
+    // `#onClose` follows.
     if (!this.#failure) this.#peerHasEnded = true;
     this.#arrival.notify();
   }
@@ -400,9 +409,9 @@ export class Connection {
       if (calls % CALLS_PER_TURN === 0) await eventLoopTurn();
       return bytes;
     } finally {
-      // Our caller goes on a little later, in a microtask. It may be a `recvAll` that is not done.
-      // Until then, nobody else may begin to receive. So this is done in a microtask, too, which
-      // runs right before that of our caller.
+      // The caller does not go on at once, but in a microtask. If another `recv` began before that,
+      // it could take the rest of the caller's message. So this `recv` stays pending until then:
+      // this microtask runs right before the caller's.
       queueMicrotask(() => {
         this.#isReceiving = false;
       });
@@ -413,7 +422,7 @@ export class Connection {
     const bytes = this.#unread;
     if (bytes.length > maxLength) {
       this.#unread = bytes.subarray(maxLength);
-      return Buffer.from(bytes.subarray(0, maxLength)); // a copy, which shares no memory with that
+      return Buffer.from(bytes.subarray(0, maxLength)); // a copy, which shares no memory with it
     }
     this.#unread = Buffer.alloc(0);
     // The last part of a larger piece is copied, too. Otherwise it would keep all of the memory of
@@ -440,21 +449,23 @@ export class Connection {
     // look as if all were sent. With the length from before, `write` throws.
     const length = bytes.length;
     try {
-      // When a call is done, the one that has waited longest is the first to go on. It sets
-      // `#sending` again if it has to wait for room, and the others wait for that.
+      // When a call has sent all, those that wait for it wake in their order. The first sends. If
+      // it has to wait for room, the others wait for it.
       while (this.#sending) await this.#sending;
       const sent = this.#write(bytes, 0, length);
       if (sent < length) {
         this.#sending = this.#sendRest(bytes, sent, length, timeout);
-        await this.#sending;
+        try {
+          await this.#sending;
+        } finally {
+          this.#sending = undefined;
+        }
       }
     } catch (error) {
-      // All that wait for `#sending` are given the same error. Each throws one of its own, which
-      // shows the line of its own caller.
+      // When a call fails, those that wait for it are given the same error. Each throws one of its
+      // own, whose stack leads to its own caller.
       if (error instanceof SocketError) throw new SocketError(error.code);
       throw error;
-    } finally {
-      this.#sending = undefined; // None sends now: this one is done, or waited for one that failed.
     }
     calls += 1;
     if (calls % CALLS_PER_TURN === 0) await eventLoopTurn();
@@ -494,8 +505,9 @@ export class Connection {
 
   /**
    * Ends the sending direction, like Python's `shutdown(SHUT_WR)`. The peer receives all that was
-   * sent, and then the end of the stream. A `sendAll` that is pending, or called later, rejects
-   * with `EPIPE`. A second `shutdown`, or one after `close`, changes nothing.
+   * sent, and then the end of the stream. This side can still receive. A `sendAll` that is pending,
+   * or called later, rejects with `EPIPE`. A second `shutdown`, or one after `close`, changes
+   * nothing.
    */
   shutdown(): void {
     this.#hasShutDown = true;
@@ -539,7 +551,8 @@ function bytesOf(data: string | NodeJS.ArrayBufferView | ArrayBufferLike): Uint8
 
 /**
  * Connects to a TCP server, like Python's `socket.create_connection`, but over IPv4 only. The
- * `timeout`, in seconds, limits the attempt, and is then the connection's. By default there is none.
+ * `timeout`, in seconds, limits the attempt, and then it is the connection's. By default there is
+ * none.
  *
  * Rejects with a `SocketError` if `host` cannot be resolved, if none of its addresses accepts, or
  * if the time is up. Bun cannot stop an attempt: the process may live on until the kernel gives up.
@@ -585,7 +598,7 @@ async function dial(
   const handlers = { ...Connection.handlers, open };
   let failure: unknown;
   for (const hostname of await lookUp(host)) {
-    if (signal.aborted) break;
+    signal.throwIfAborted();
     try {
       // Without `allowHalfOpen`, Bun would end this side, too, as soon as the peer ends its own.
       const socket = await Bun.connect({ hostname, port, allowHalfOpen: true, socket: handlers });
@@ -657,7 +670,8 @@ function bind(
 /** Resolves to the IPv4 addresses of `host`, at least one. As in Python, '' is every interface. */
 async function lookUp(host: string): Promise<[string, ...string[]]> {
   if (host === "") return ["0.0.0.0"];
-  // An address is not looked up: that could wait behind names that no name server answers.
+  // An address needs no look-up. Look-ups share a few threads, and names that no name server
+  // answers may keep all of them busy.
   if (isIPv4(host)) return [host];
   const attempt = `cannot resolve ${repr(host)}`;
   let found: Bun.DNSLookup[];
@@ -706,5 +720,5 @@ export function repr(bytes: string | Uint8Array): string {
 
 if (import.meta.main) {
   const status = await main(process.argv.slice(2));
-  process.exit(status); // at once, also while a connection lingers or an attempt goes on
+  process.exit(status); // The exchange is over, so do not wait for a connection that lingers.
 }
