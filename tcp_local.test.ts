@@ -613,8 +613,9 @@ describe("timeout", () => {
     expect(await sending).toMatchObject({ code: "ETIMEDOUT" });
   });
 
-  test("may be longer than a timer can be", async () => {
-    const { sock, peer } = await pair(2 ** 31);
+  const tooLong = [2_147_483.9, 2 ** 31]; // A timer counts up to 2,147,483.647 seconds.
+  test.each(tooLong)("may be longer than a timer can count: %p seconds", async (timeout) => {
+    const { sock, peer } = await pair(timeout);
     const receiving = sock.recv(100);
     await Bun.sleep(10); // A timer that is too long for Bun fires after 1 ms.
     peer.write("hello");
@@ -634,7 +635,7 @@ describe("timeout", () => {
     expect(await sock.recv(1)).toHaveLength(0);
   });
 
-  const invalid = [0, -1, NaN, "x", undefined] as number[];
+  const invalid = [0, -1, NaN, "x", "5", undefined] as number[];
   test.each(invalid)("of %p makes the next call reject before a byte is moved", async (timeout) => {
     const { sock, peer } = await pair();
     peer.write("hello");
@@ -726,6 +727,15 @@ describe("connect", () => {
       code: "ECONNREFUSED",
       message: `cannot connect to ('127.0.0.1', ${port}): connection refused or host unreachable`,
       cause: { code: "ECONNREFUSED" },
+    });
+  });
+
+  test("gives an error an empty code where Bun gives none", async () => {
+    using _dialled = refuses("connect", undefined);
+    const error = await failure(connect("127.0.0.1", 1));
+    expect(error).toMatchObject({
+      code: "",
+      message: "cannot connect to ('127.0.0.1', 1): what Bun says of it",
     });
   });
 
@@ -822,7 +832,7 @@ describe("connect", () => {
     expect(dialled).not.toHaveBeenCalled();
   });
 
-  const invalidPorts = [-1, 65_536, 1.5, NaN];
+  const invalidPorts = [-1, 65_536, 1.5, NaN, undefined] as number[];
   test.each(invalidPorts)(
     "takes a port of %p for a bug, not for the network's fault",
     async (port) => {
@@ -1766,7 +1776,7 @@ function lookupFinds(addresses: string[]) {
 }
 
 /** Lets `Bun.listen` or `Bun.connect` fail. Declare it with `using`. */
-function refuses(name: "listen" | "connect", code: string) {
+function refuses(name: "listen" | "connect", code: string | undefined) {
   const spy = spyOn(Bun, name);
   spy.mockImplementation(() => {
     throw Object.assign(new Error("what Bun says of it"), { code });
