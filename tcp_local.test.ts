@@ -785,6 +785,7 @@ describe("connect", () => {
     "127.0.0.256",
     "127.0.0.-1",
     "127.0.0.1 ",
+    "1e-7.0.0.1",
   ];
   test.each(shortForms)("leaves %p to the system", async (host) => {
     const { port } = await listening();

@@ -53,8 +53,8 @@ export async function recvAll(
 }
 
 /**
- * The stream ended before the message did: of the `expected` bytes, only `partial` arrived. If
- * `partial` is empty, it ended between two messages.
+ * The stream ended before the message did: of the `expected` bytes, only `partial` arrived. It is
+ * empty if none arrived.
  */
 export class EOFError extends Error {
   override readonly name = "EOFError";
@@ -92,7 +92,7 @@ export async function server(
     await sc.sendAll("Farewell, client");
     sc.close();
     console.log("Reply sent, socket closed");
-    console.log(`Listening at ${address}`); // The Python program waits for the next client now.
+    console.log(`Listening at ${address}`); // Python's loop prints this before each `accept`.
   }
 
   return listener;
@@ -134,7 +134,7 @@ export async function main(args: string[]): Promise<number> {
 
 // ---- The socket with a `recv`, which Python has built in and Bun lacks ------------------------
 
-/** Error codes in words. Those with `DNS_` are Bun's, the others the system's. */
+/** Error codes in words. Those with `DNS_` are names of Bun, the others of the system. */
 const REASONS: Record<string, string> = {
   DNS_EAI_AGAIN: "temporary failure in name resolution",
   DNS_EBADFAMILY: "address family for hostname not supported",
@@ -175,9 +175,9 @@ function failureOf(attempt: string, cause: unknown): unknown {
 /**
  * Gives `blank` the code and the words of `error`, and returns it.
  *
- * The stack of an error leads to the line of the caller, but if that line is at the top level of a
- * module, only as long as nothing was awaited. So `connect` and `listen` make a blank error first
- * of all, and fill it in if they fail. (`recv` and `sendAll` are called too often for that.)
+ * The stack of an error that is made after an `await` still names the line of the caller, unless
+ * that is at the top level of a module. So `connect` and `listen` make a blank error before their
+ * first `await`, and fill it in if they fail. (`recv` and `sendAll` are called too often for that.)
  */
 function fillIn(blank: SocketError, error: unknown): unknown {
   if (!(error instanceof SocketError)) return error;
@@ -238,8 +238,8 @@ class Condition {
   }
 
   #onTimer(): void {
-    // If the process was busy, what arrived in time may not have been read yet. Bun reads it before
-    // it fires another timer. So a second timer ends the wait, unless `notify` does so before.
+    // If the process was busy, what arrived in time may not have been read yet. Bun reads from its
+    // sockets between two rounds of timers. So wait for one more round. `notify` may still come.
     this.#timer = setTimeout(() => this.#endWait(false), 0);
   }
 
@@ -307,7 +307,7 @@ export class Connection {
   #hasShutDown = false;
   /** Whether `close` was called. */
   #hasClosed = false;
-  /** Whether the stream of the peer has ended, and all of it has arrived. */
+  /** Whether the end of the stream has arrived, so that nothing more can be received. */
   #peerHasEnded = false;
   /** The code of the first error. It is empty while there is none. */
   #failure = "";
@@ -319,7 +319,10 @@ export class Connection {
   readonly #room = new Condition();
   #lingerTimer: ReturnType<typeof setTimeout> | undefined;
 
-  /** What Bun calls on the events of a socket, whose `data` is the connection. */
+  /**
+   * What Bun calls when something happens to a socket. A socket of Bun has a field `data`, which is
+   * free for the use of programs. Here it holds the connection.
+   */
   static readonly handlers: SocketHandler<Connection> = {
     data: (socket, bytes) => socket.data.#onData(bytes),
     end: (socket) => socket.data.#onEnd(),
@@ -340,10 +343,10 @@ export class Connection {
 
   #onData(bytes: Buffer): void {
     if (this.#hasClosed) return;
-    const isFirst = this.#unread.length === 0;
-    this.#unread = isFirst ? bytes : Buffer.concat([this.#unread, bytes]);
-    // If no `recv` waits, Bun is to read no more until one resumes the socket. What the peer sends
-    // meanwhile fills the kernel's buffer, and then the peer has to wait.
+    const hasUnread = this.#unread.length > 0;
+    this.#unread = hasUnread ? Buffer.concat([this.#unread, bytes]) : bytes;
+    // If no `recv` waits, Bun is to read no more until a `recv` resumes the socket. What the peer
+    // sends meanwhile fills the kernel's buffer, and then the peer has to wait.
     if (!this.#arrival.isAwaited) this.#socket.pause();
     this.#arrival.notify();
   }
@@ -363,7 +366,8 @@ export class Connection {
     } else if (this.#hasShutDown) {
       this.#onEnd(); // which Bun does not call after a shutdown
     } else {
-      // Bun closes no socket by itself before both sides have ended. This process has done it.
+      // Bun closes no socket by itself before both sides have ended. So this process has closed it,
+      // with `stop(true)` of the listener.
       this.#fail("ECONNABORTED");
     }
     this.#arrival.notify();
@@ -400,6 +404,7 @@ export class Connection {
         // A failure alone is no reason to give up: after a failed `sendAll`, Bun may still have
         // bytes to read that arrived before.
         if (this.#isDisconnected) throw new SocketError(this.#failure);
+        // Bun calls the handlers only when its event loop turns, so the wait misses no notify.
         this.#socket.resume();
         const isInTime = await this.#arrival.wait(timeout);
         if (!isInTime) throw new SocketError("ETIMEDOUT");
@@ -409,9 +414,9 @@ export class Connection {
       if (calls % CALLS_PER_TURN === 0) await eventLoopTurn();
       return bytes;
     } finally {
-      // The caller does not go on at once, but in a microtask. If another `recv` began before that,
-      // it could take the rest of the caller's message. So this `recv` stays pending until then:
-      // this microtask runs right before the caller's.
+      // The caller goes on only in a later microtask. If another `recv` could begin before that, it
+      // would take what the caller may ask for next. So this one stays pending until a microtask,
+      // too. It is queued before the caller's, and runs right before it.
       queueMicrotask(() => {
         this.#isReceiving = false;
       });
@@ -445,12 +450,12 @@ export class Connection {
     const timeout = this.timeout;
     checkTimeout(timeout);
     const bytes = bytesOf(data);
-    // If a buffer is transferred to a worker while this waits, its length becomes 0. That must not
-    // look as if all were sent. With the length from before, `write` throws.
+    // Taken now: while this call waits below, its buffer may be transferred to a worker, and then
+    // has length 0. That must not look as if all were sent. With this length, `write` throws.
     const length = bytes.length;
     try {
-      // When a call has sent all, those that wait for it wake in their order. The first sends. If
-      // it has to wait for room, the others wait for it.
+      // When a call has sent all, it clears `#sending`, and those that wait for it wake in their
+      // order. The first sends. If it has to wait for room, the others wait for it.
       while (this.#sending) await this.#sending;
       const sent = this.#write(bytes, 0, length);
       if (sent < length) {
@@ -571,7 +576,7 @@ export async function connect(
   const dialling = dial(host, port, timeout, tooLate.signal);
   const done = new Condition();
   const notify = () => done.notify();
-  dialling.then(notify, notify); // whether it succeeds or fails
+  dialling.then(notify, notify); // if it succeeds, and if it fails, however late
   const isInTime = await done.wait(timeout);
   if (!isInTime) {
     tooLate.abort();
@@ -667,7 +672,7 @@ function bind(
   }
 }
 
-/** Resolves to the IPv4 addresses of `host`, at least one. As in Python, '' is every interface. */
+/** Resolves to the IPv4 addresses of `host`, at least one. As in Python, '' is 0.0.0.0. */
 async function lookUp(host: string): Promise<[string, ...string[]]> {
   if (host === "") return ["0.0.0.0"];
   // An address needs no look-up. Look-ups share a few threads, and names that no name server
@@ -683,7 +688,7 @@ async function lookUp(host: string): Promise<[string, ...string[]]> {
   }
   const [first, ...others] = found.map(({ address }) => address);
   if (first === undefined) throw failureOf(attempt, new SocketError("DNS_ENOTFOUND"));
-  return [first, ...others];
+  return [first, ...others]; // in this form, so that the type says "at least one"
 }
 
 /**
@@ -697,7 +702,7 @@ function isIPv4(host: string): boolean {
 
 function isByte(text: string): boolean {
   const value = Number(text);
-  const isDecimal = String(value) === text; // unlike "", "0x7f", and "010", which is octal
+  const isDecimal = Number.isInteger(value) && String(value) === text; // "010" would be octal
   return isDecimal && value >= 0 && value <= 255;
 }
 
