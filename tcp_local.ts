@@ -26,9 +26,9 @@ export const PORT = 1060;
  * the next `recv`. A `length` of 0 reads nothing. A timeout of `sock` limits each `recv`, not the
  * whole message.
  *
- * Rejects with an `EOFError` if the stream ends first. Rejects with the error of `recv` if that
- * rejects, also for a timeout. Then the part of the message that was received already is lost, so
- * close the connection.
+ * Rejects with an `EOFError` if the stream ends first, and with the error of `recv` if that
+ * rejects. After an error of `recv`, even a timeout, the part of the message that was received
+ * before is lost, so close the connection.
  *
  * Rejects with a `RangeError`, and reads nothing, if `length` is not 0 or a positive integer.
  */
@@ -43,7 +43,7 @@ export async function recvAll(
   let received = 0;
   while (received < length) {
     const more = await sock.recv(length - received);
-    // Where no types are checked, a string could come, and `set` would not complain.
+    // In JavaScript, `recv` could resolve to a string, which `data.set` would store as zeros.
     if (!(more instanceof Uint8Array)) throw new TypeError("recv must resolve to bytes");
     if (more.length === 0) throw new EOFError(data.subarray(0, received), length);
     data.set(more, received);
@@ -80,7 +80,7 @@ export async function server(
   port: number = PORT,
   timeout: number = 60,
 ): Promise<TCPSocketListener<Connection>> {
-  const listener = await listen(host, port, serve, timeout);
+  const listener = await listen(host, port, serve, timeout); // calls `serve` when a client connects
   const address = new Address(listener.hostname, listener.port); // prints as ('127.0.0.1', 1060)
   console.log(`Listening at ${address}`);
 
@@ -175,9 +175,9 @@ function failureOf(attempt: string, cause: unknown): unknown {
 /**
  * Gives `blank` the code and the words of `error`, and returns it.
  *
- * The stack of an error that is made after an `await` still names the line of the caller, unless
- * that is at the top level of a module. So `connect` and `listen` make a blank error before their
- * first `await`, and fill it in if they fail. (`recv` and `sendAll` are called too often for that.)
+ * An error that is made after an `await` does not show the line of the caller if that is at the top
+ * level of a module, where `connect` and `listen` are often called. So they make a blank error
+ * before their first `await`, which shows that line, and fill it in if they fail.
  */
 function fillIn(blank: SocketError, error: unknown): unknown {
   if (!(error instanceof SocketError)) return error;
@@ -199,7 +199,7 @@ class Address {
   }
 }
 
-/** In seconds. A longer one is treated as Infinity: `setTimeout` would fire at once. */
+/** In seconds, the longest time that `setTimeout` can count. A longer one is treated as none. */
 const LONGEST_TIMEOUT = 2_147_483;
 
 function checkTimeout(timeout: number): void {
@@ -238,8 +238,8 @@ class Condition {
   }
 
   #onTimer(): void {
-    // If the process was busy, what arrived in time may not have been read yet. Bun reads from its
-    // sockets between two rounds of timers. So wait for one more round. `notify` may still come.
+    // If the process was busy, what arrived in time may not have been read yet. A timer of 0 fires
+    // after Bun has looked at its sockets once more. Until then, `notify` may still end the wait.
     this.#timer = setTimeout(() => this.#endWait(false), 0);
   }
 
@@ -274,10 +274,9 @@ const LINGER_TIME = 4;
  * They reject with a `SocketError`, whose `code` says why:
  *
  * - `ETIMEDOUT`: The call made no progress for `timeout` seconds, or the peer has vanished.
- * - `ECONNRESET`: The peer has reset the connection, or a `sendAll` was the first to find that it
- *   is broken.
- * - `EPIPE`: This process has called `shutdown`, and cannot send. Or the peer has ended its stream,
- *   and then reset the connection.
+ * - `ECONNRESET`: The peer has reset the connection, or `sendAll` has found it broken.
+ * - `EPIPE`: The same after the peer had ended its stream. Or this process has called `shutdown`,
+ *   and can send no more.
  * - `ECONNABORTED`: This process has called `stop(true)` of Bun's listener, which breaks the
  *   connection. (After a `shutdown`, that looks like the end of the stream.)
  * - `EBADF`: This process has called `close`.
@@ -361,6 +360,7 @@ export class Connection {
   #onClose(error?: NodeJS.ErrnoException): void {
     clearTimeout(this.#lingerTimer);
     this.#isDisconnected = true;
+    // After a failed write, `#failure` is set already. Then this changes nothing.
     if (error?.code) {
       this.#fail(error.code);
     } else if (this.#hasShutDown) {
@@ -414,9 +414,9 @@ export class Connection {
       if (calls % CALLS_PER_TURN === 0) await eventLoopTurn();
       return bytes;
     } finally {
-      // The caller goes on only in a later microtask. If another `recv` could begin before that, it
-      // would take what the caller may ask for next. So this one stays pending until a microtask,
-      // too. It is queued before the caller's, and runs right before it.
+      // The caller of this `recv` goes on in a later microtask. Until then, no other `recv` may
+      // slip in and take the next bytes of the caller's message. So the flag is cleared in a
+      // microtask, too, which is queued right before the caller's.
       queueMicrotask(() => {
         this.#isReceiving = false;
       });
@@ -450,12 +450,12 @@ export class Connection {
     const timeout = this.timeout;
     checkTimeout(timeout);
     const bytes = bytesOf(data);
-    // Taken now: while this call waits below, its buffer may be transferred to a worker, and then
-    // has length 0. That must not look as if all were sent. With this length, `write` throws.
+    // A buffer that is transferred to a worker while this call waits has length 0 after that. With
+    // the length from before, `write` throws. With 0, it would seem that all was sent.
     const length = bytes.length;
     try {
-      // When a call has sent all, it clears `#sending`, and those that wait for it wake in their
-      // order. The first sends. If it has to wait for room, the others wait for it.
+      // Those that wait for the same call wake in their order. The first sends. If it has to wait
+      // for room, the others wait for it.
       while (this.#sending) await this.#sending;
       const sent = this.#write(bytes, 0, length);
       if (sent < length) {
@@ -463,7 +463,7 @@ export class Connection {
         try {
           await this.#sending;
         } finally {
-          this.#sending = undefined;
+          this.#sending = undefined; // before those wake that wait for this call
         }
       }
     } catch (error) {
@@ -485,8 +485,8 @@ export class Connection {
     let sent = start;
     while (sent < length) {
       const isInTime = await this.#room.wait(timeout);
-      // Bun tells of room only when there is a lot of it. There may be a little, if the peer reads
-      // slowly. So when the time is up, this tries to send once more.
+      // Bun tells of room only when there is a lot of it. If the peer reads slowly, there may be a
+      // little. So when the time is up, this tries once more. If a byte goes, it waits again.
       const more = this.#write(bytes, sent, length - sent);
       if (more === 0 && !isInTime) throw new SocketError("ETIMEDOUT");
       sent += more;
@@ -524,9 +524,10 @@ export class Connection {
    * Closes the connection. The peer receives all that was sent. Bytes not yet received are lost,
    * and pending calls reject with `EBADF`. A second `close` does nothing.
    *
-   * If a socket is closed while its peer goes on sending, the kernel resets the connection, and the
-   * peer may lose what it has not read yet. So this ends the sending direction, and discards what
-   * arrives until the peer closes too, for 4 seconds at most. Until then, the process stays alive.
+   * If a socket is closed while its peer goes on sending, the kernel resets the connection, and
+   * what is still on its way to the peer is lost. So this ends the sending direction, and discards
+   * what arrives until the peer closes too, for 4 seconds at most. Until then, the process stays
+   * alive.
    */
   close(): void {
     if (this.#hasClosed) return;
@@ -535,7 +536,8 @@ export class Connection {
     this.shutdown();
     this.#arrival.notify(); // so that a pending `recv` rejects
     if (this.#peerHasEnded || this.#failure) {
-      this.#socket.end(); // Nothing more can arrive, so close it for good. Bun calls that `end`.
+      // Nothing more can arrive. Bun's method to close a socket for good is `end`.
+      this.#socket.end();
     } else {
       this.#socket.resume();
       this.#lingerTimer = setTimeout(() => this.#socket.end(), LINGER_TIME * 1000);
@@ -618,8 +620,8 @@ async function dial(
 
 /**
  * Listens at `host`, over IPv4 only, and calls `serve` for each client that connects, without
- * waiting for the others. When its `serve` is done, a connection is closed. It has the `timeout`,
- * in seconds. By default there is none.
+ * waiting for the others. Each connection has the `timeout`, in seconds (by default none), and is
+ * closed when its `serve` is done.
  *
  * If `serve` rejects, standard error gets the client's address and the message. If it rejects with
  * anything but a `SocketError` or an `EOFError`, that is a bug, and its stack is printed too.
@@ -675,8 +677,8 @@ function bind(
 /** Resolves to the IPv4 addresses of `host`, at least one. As in Python, '' is 0.0.0.0. */
 async function lookUp(host: string): Promise<[string, ...string[]]> {
   if (host === "") return ["0.0.0.0"];
-  // An address needs no look-up. Look-ups share a few threads, and names that no name server
-  // answers may keep all of them busy.
+  // An address needs no look-up. Look-ups share a few threads, which may all be waiting for a name
+  // server that does not answer.
   if (isIPv4(host)) return [host];
   const attempt = `cannot resolve ${repr(host)}`;
   let found: Bun.DNSLookup[];
