@@ -43,7 +43,7 @@ export async function recvAll(
   let received = 0;
   while (received < length) {
     const more = await sock.recv(length - received);
-    // In JavaScript, `recv` could resolve to a string, which `data.set` would store as zeros.
+    // In JavaScript, `recv` could resolve to a string, which `data.set` would not refuse.
     if (!(more instanceof Uint8Array)) throw new TypeError("recv must resolve to bytes");
     if (more.length === 0) throw new EOFError(data.subarray(0, received), length);
     data.set(more, received);
@@ -175,9 +175,9 @@ function failureOf(attempt: string, cause: unknown): unknown {
 /**
  * Gives `blank` the code and the words of `error`, and returns it.
  *
- * An error that is made after an `await` does not show the line of the caller if that is at the top
- * level of a module, where `connect` and `listen` are often called. So they make a blank error
- * before their first `await`, which shows that line, and fill it in if they fail.
+ * An error that is made after an `await` does not show the line of the caller if the caller is the
+ * top level of a module, as is often so for `connect` and `listen`. So they make a blank error
+ * first, which shows it. If they fail later, they fill it in.
  */
 function fillIn(blank: SocketError, error: unknown): unknown {
   if (!(error instanceof SocketError)) return error;
@@ -275,8 +275,8 @@ const LINGER_TIME = 4;
  *
  * - `ETIMEDOUT`: The call made no progress for `timeout` seconds, or the peer has vanished.
  * - `ECONNRESET`: The peer has reset the connection, or `sendAll` has found it broken.
- * - `EPIPE`: The same after the peer had ended its stream. Or this process has called `shutdown`,
- *   and can send no more.
+ * - `EPIPE`: As `ECONNRESET`, but after the peer had ended its stream. Or this process has called
+ *   `shutdown`, and then `sendAll`.
  * - `ECONNABORTED`: This process has called `stop(true)` of Bun's listener, which breaks the
  *   connection. (After a `shutdown`, that looks like the end of the stream.)
  * - `EBADF`: This process has called `close`.
@@ -296,7 +296,7 @@ export class Connection {
   timeout: number;
 
   readonly #socket: Socket<Connection>;
-  /** What has arrived, and `recv` has not returned yet. */
+  /** The bytes that have arrived, and that `recv` has not returned yet. */
   #unread: Buffer = Buffer.alloc(0);
   /** Whether a `recv` is pending. */
   #isReceiving = false;
@@ -312,9 +312,9 @@ export class Connection {
   #failure = "";
   /** Whether Bun has closed the socket. If so, the peer has ended, or there is a failure. */
   #isDisconnected = false;
-  /** Notified when bytes, the end or an error have arrived. */
+  /** Notified when `recv` may go on: with bytes, at the end, or with an error. */
   readonly #arrival = new Condition();
-  /** Notified when the kernel has room for bytes to send, or will not have any more. */
+  /** Notified when `sendAll` may go on: the kernel has room for bytes, or there is an error. */
   readonly #room = new Condition();
   #lingerTimer: ReturnType<typeof setTimeout> | undefined;
 
@@ -329,7 +329,7 @@ export class Connection {
     drain: (socket) => socket.data.#room.notify(),
   };
 
-  /** For an open socket of Bun with these handlers. The caller sets the `data` of the socket. */
+  /** `socket` is open, and has these handlers. The caller sets its `data` to the connection. */
   constructor(socket: Socket<Connection>, timeout: number) {
     this.#socket = socket;
     this.timeout = timeout;
@@ -360,7 +360,7 @@ export class Connection {
   #onClose(error?: NodeJS.ErrnoException): void {
     clearTimeout(this.#lingerTimer);
     this.#isDisconnected = true;
-    // After a failed write, `#failure` is set already. Then this changes nothing.
+    // After a failed write, `#failure` is set already. Then none of these three changes anything.
     if (error?.code) {
       this.#fail(error.code);
     } else if (this.#hasShutDown) {
@@ -450,12 +450,12 @@ export class Connection {
     const timeout = this.timeout;
     checkTimeout(timeout);
     const bytes = bytesOf(data);
-    // A buffer that is transferred to a worker while this call waits has length 0 after that. With
-    // the length from before, `write` throws. With 0, it would seem that all was sent.
+    // If a buffer is transferred to a worker while this call waits, its length becomes 0, and it
+    // would seem that all was sent. With the length from before, `write` throws an error instead.
     const length = bytes.length;
     try {
-      // Those that wait for the same call wake in their order. The first sends. If it has to wait
-      // for room, the others wait for it.
+      // Calls that wait for the same `#sending` wake in their order. The first one sends. If it has
+      // to wait for room, the others wait for it.
       while (this.#sending) await this.#sending;
       const sent = this.#write(bytes, 0, length);
       if (sent < length) {
@@ -463,7 +463,7 @@ export class Connection {
         try {
           await this.#sending;
         } finally {
-          this.#sending = undefined; // before those wake that wait for this call
+          this.#sending = undefined; // before the calls that wait for it wake
         }
       }
     } catch (error) {
@@ -578,7 +578,7 @@ export async function connect(
   const dialling = dial(host, port, timeout, tooLate.signal);
   const done = new Condition();
   const notify = () => done.notify();
-  dialling.then(notify, notify); // if it succeeds, and if it fails, however late
+  dialling.then(notify, notify); // The second also handles a failure that comes too late.
   const isInTime = await done.wait(timeout);
   if (!isInTime) {
     tooLate.abort();
