@@ -731,11 +731,12 @@ describe("a connection", () => {
     await Promise.all([sendPieces(sock), receivePieces(sock), served.promise]);
   });
 
-  test("has the addresses of both ends, which print as tuples of Python", async () => {
+  test("has the addresses of both ends, which print as Python's tuples", async () => {
     const { sock, peer } = await pair();
     expect(sock.sockname).toMatchObject({ host: "127.0.0.1", port: peer.remotePort });
     expect(sock.peername).toMatchObject({ host: "127.0.0.1", port: peer.localPort });
     expect(`${sock.sockname}`).toBe(`('127.0.0.1', ${peer.remotePort})`);
+    expect(`${sock.peername}`).toBe(`('127.0.0.1', ${peer.localPort})`);
   });
 
   test("prints its addresses and its timeout, and nothing of its inside", async () => {
@@ -761,7 +762,7 @@ describe("a connection", () => {
 });
 
 describe("connect", () => {
-  test("says where it cannot connect, and why, and keeps the error behind that", async () => {
+  test("rejects with an error that says where and why, and has Bun's error as its cause", async () => {
     const port = await freePort();
     const error = await failure(connect("127.0.0.1", port));
     expect(error).toBeInstanceOf(SocketError);
@@ -788,7 +789,7 @@ describe("connect", () => {
     expect(String(error)).toContain(`cannot connect to ('127.0.0.1', ${port}): `);
   });
 
-  test("rejects with an error whose stack leads to the line of its caller", async () => {
+  test("rejects with an error whose stack leads to its caller", async () => {
     const port = await freePort();
     async function callerOfConnect(): Promise<void> {
       await connect("127.0.0.1", port);
@@ -796,6 +797,17 @@ describe("connect", () => {
     const error = (await failure(callerOfConnect())) as Error;
     expect(error.stack).toContain("callerOfConnect");
     expect(error.stack).toContain(import.meta.file);
+  });
+
+  test("rejects with an error whose stack leads to its caller, also at the top level of a module", async () => {
+    const port = await freePort();
+    const script = `
+      import { connect } from "./tcp_local.ts";
+      await connect("127.0.0.1", ${port});
+    `;
+    const { status, err } = await run(["-e", script]);
+    expect(status).toBe(1);
+    expect(err).toMatch(/at connect .*\n +at .*\[eval\]:3:/);
   });
 
   test("tries the addresses of a name in turn", async () => {
@@ -813,7 +825,7 @@ describe("connect", () => {
     expect(lookup.mock.calls).toEqual([["name.invalid", { family: 4, backend: "system" }]]);
   });
 
-  test("looks up no address, which could wait behind names that no server answers", async () => {
+  test("does not look up what is an address already", async () => {
     const { port } = await listening();
     using lookup = lookupFinds([]);
     using _sock = await connect("127.0.0.1", port);
@@ -842,7 +854,7 @@ describe("connect", () => {
     { code: "DNS_EBADFAMILY", words: "address family for hostname not supported" },
     { code: "DNS_NEW", words: "what Bun says of it" },
   ];
-  test.each(unknown)("says why a name was not found: $code", async ({ code, words }) => {
+  test.each(unknown)("says why a name cannot be resolved: $code", async ({ code, words }) => {
     using lookup = spyOn(Bun.dns, "lookup");
     const cause = Object.assign(new Error("what Bun says of it"), { code });
     lookup.mockRejectedValueOnce(cause);
@@ -885,8 +897,9 @@ describe("connect", () => {
     },
   );
 
-  test("has no default for the port", () => {
-    expect(connect).toHaveLength(2);
+  test("has no default for the port", async () => {
+    const error = await failure(connect("127.0.0.1", undefined as unknown as number));
+    expect(error).toBeInstanceOf(TypeError);
   });
 
   test("has no timeout unless one is given, and gives the connection its own", async () => {
@@ -912,7 +925,7 @@ describe("connect", () => {
     expect(dialled).not.toHaveBeenCalled();
   });
 
-  test("is not disturbed by a look-up that fails after the timeout", async () => {
+  test("handles a look-up that fails after the timeout", async () => {
     const found = Promise.withResolvers<Bun.DNSLookup[]>();
     using lookup = spyOn(Bun.dns, "lookup");
     lookup.mockReturnValueOnce(found.promise);
@@ -921,33 +934,44 @@ describe("connect", () => {
     await eventLoopTurn();
   });
 
-  test("closes a connection that comes about after the timeout, and tries no other address", async () => {
+  test("closes a connection that comes about after the timeout", async () => {
     const { port, accepted } = await listening();
     const late = Promise.withResolvers<void>();
-    const dial = Bun.connect<Connection>;
-    using _lookup = lookupFinds(["127.0.0.1", "127.0.0.1"]);
+    const connectReally = Bun.connect<Connection>;
     using dialled = spyOn(Bun, "connect");
     dialled.mockImplementation(async (options) => {
       await late.promise;
-      return (await dial(options as Bun.TCPSocketConnectOptions<Connection>)) as never;
+      const socket = await connectReally(options as Bun.TCPSocketConnectOptions<Connection>);
+      return socket as never;
     });
-    expect(await failure(connect("name.invalid", port, 0.05))).toMatchObject({ code: "ETIMEDOUT" });
+    expect(await failure(connect("127.0.0.1", port, 0.05))).toMatchObject({ code: "ETIMEDOUT" });
     late.resolve();
-    expect(await receivedBy(await accepted)).toHaveLength(0); // The stream ends.
+    const peer = await accepted;
+    expect(await receivedBy(peer)).toHaveLength(0); // The stream ends.
+  });
+
+  test("tries no other address after the timeout", async () => {
+    const late = Promise.withResolvers<never>();
+    using _lookup = lookupFinds(["127.0.0.1", "127.0.0.2"]);
+    using dialled = spyOn(Bun, "connect");
+    dialled.mockReturnValue(late.promise);
+    expect(await failure(connect("name.invalid", 1, 0.05))).toMatchObject({ code: "ETIMEDOUT" });
+    late.reject(new Error("refused, at last"));
+    await eventLoopTurn();
     expect(dialled).toHaveBeenCalledTimes(1);
   });
 
-  test("gives what arrived before a reset that is faster than Bun", async () => {
-    // Bun then opens a socket that has no addresses.
-    const nameless = { setKeepAlive() {}, pause() {} } as unknown as Socket<Connection>;
+  test("takes a connection that has no addresses, as Bun gives it after an early reset", async () => {
+    const socket = { setKeepAlive() {}, pause() {} } as unknown as Socket<Connection>;
     using dialled = spyOn(Bun, "connect");
-    dialled.mockImplementation(async ({ socket }) => {
-      await socket.open?.(nameless as never);
-      return nameless as never;
+    dialled.mockImplementation(async (options) => {
+      await options.socket.open?.(socket as never);
+      return socket as never;
     });
     const sock = await connect("127.0.0.1", 1);
     expect(`${sock.sockname} ${sock.peername}`).toBe("('0.0.0.0', 0) ('0.0.0.0', 0)");
-    Connection.handlers.data?.(nameless, Buffer.from("hello"));
+    // What arrived before the reset is received.
+    Connection.handlers.data?.(socket, Buffer.from("hello"));
     expect(String(await sock.recv(100))).toBe("hello");
   });
 });
@@ -963,7 +987,7 @@ describe("listen", () => {
     expect(String(await sock.recv(100))).toBe("hello");
   });
 
-  test("serves a client while another one sends one small message after the other", async () => {
+  test("serves a client while another one sends thousands of small messages", async () => {
     const count = 20_000;
     let served = 0;
     const listener = await serving(async (sock) => {
@@ -986,7 +1010,7 @@ describe("listen", () => {
     await once(peer, "end"); // All have been served.
   });
 
-  test("closes a connection when its `serve` is done, and sends all of the reply before", async () => {
+  test("closes a connection when its `serve` is done, which cuts nothing off", async () => {
     const reply = Buffer.alloc(16 * MiB, "reply");
     const listener = await serving((sock) => sock.sendAll(reply));
     using sock = await connect("127.0.0.1", listener.port, 10);
@@ -1030,7 +1054,7 @@ describe("listen", () => {
     });
   });
 
-  test("says where it cannot listen, and why, and keeps the error behind that", async () => {
+  test("rejects with an error that says where and why, and has Bun's error as its cause", async () => {
     const { port } = await serving(() => {});
     const error = await failure(listen("127.0.0.1", port, () => {}));
     expect(error).toBeInstanceOf(SocketError);
@@ -1041,7 +1065,7 @@ describe("listen", () => {
     });
   });
 
-  test("says what Bun says where it has no words of its own", async () => {
+  test("says what Bun says, where the code is a new one", async () => {
     using _bound = refuses("listen", "ENEW");
     const error = await failure(listen("", 1, () => {}));
     expect(error).toMatchObject({
@@ -1096,27 +1120,30 @@ describe("listen", () => {
       thrown: Object.assign(new Error("no such file"), { code: "ENOENT" }),
       says: import.meta.file,
     },
-    { kind: "a string", thrown: "a string", says: "a string" },
+    { kind: "a string", thrown: "oh dear", says: "oh dear" },
     { kind: "an object without a prototype", thrown: Object.create(null), says: "{}" },
     { kind: "undefined", thrown: undefined, says: "undefined" },
   ];
-  test.each(bugs)("tells who met a bug and where, and goes on: $kind", async ({ thrown, says }) => {
-    const { err } = captured();
-    let calls = 0;
-    const listener = await serving(async (sock) => {
-      calls += 1;
-      if (calls === 1) throw thrown;
-      await sock.sendAll("hello");
-    });
-    using sock = await connect("127.0.0.1", listener.port);
-    expect(await sock.recv(1)).toHaveLength(0);
-    expect(err.join("\n")).toStartWith(`${sock.sockname}: `);
-    expect(err.join("\n")).toContain(says);
-    using next = await connect("127.0.0.1", listener.port);
-    expect(String(await recvAll(next, 5))).toBe("hello");
-  });
+  test.each(bugs)(
+    "tells who met a bug, with its stack if it has one, and goes on: $kind",
+    async ({ thrown, says }) => {
+      const { err } = captured();
+      let calls = 0;
+      const listener = await serving(async (sock) => {
+        calls += 1;
+        if (calls === 1) throw thrown;
+        await sock.sendAll("hello");
+      });
+      using sock = await connect("127.0.0.1", listener.port);
+      expect(await sock.recv(1)).toHaveLength(0);
+      expect(err.join("\n")).toStartWith(`${sock.sockname}: `);
+      expect(err.join("\n")).toContain(says);
+      using next = await connect("127.0.0.1", listener.port);
+      expect(String(await recvAll(next, 5))).toBe("hello");
+    },
+  );
 
-  test("makes the calls reject of a connection that `stop(true)` cuts off", async () => {
+  test("makes a pending recv reject when `stop(true)` cuts it off", async () => {
     const { err } = captured();
     const isWaiting = Promise.withResolvers<void>();
     const listener = await serving(async (sock) => {
@@ -1139,7 +1166,9 @@ describe("listen", () => {
       await sock.recv(1); // The rest has arrived, too.
       hasArrived.resolve();
       await isStopped.promise;
-      outcome.resolve([String(await sock.recv(100)), await failure(sock.recv(100))]);
+      const bytes = await sock.recv(100);
+      const error = await failure(sock.recv(100));
+      outcome.resolve([String(bytes), error]);
     });
     using sock = await connect("127.0.0.1", listener.port);
     await sock.sendAll("hello");
@@ -1151,7 +1180,7 @@ describe("listen", () => {
     expect(error).toMatchObject({ code: "ECONNABORTED" });
   });
 
-  test("gives what 300 clients sent that reset at once, and then the reset", async () => {
+  test("serves 300 clients that reset at once: first their messages, then the reset", async () => {
     const messages: string[] = [];
     const errors: unknown[] = [];
     const listener = await serving(async (sock) => {
@@ -1249,7 +1278,7 @@ describe("the server", () => {
     const port = await serverPort();
     const { peer, name } = await dial(port);
     peer.write(MESSAGE.subarray(0, length));
-    await until(() => out.length === 3); // The server has printed the addresses.
+    await until(() => out.length === 3); // "Listening", "accepted" and "connects"
     peer.resetAndDestroy();
     await until(() => err.length === 1);
     expect(err).toEqual([`${name}: connection reset by peer`]);
@@ -1265,7 +1294,7 @@ describe("the server", () => {
     expect(err).toEqual([`${name}: timed out`]);
   });
 
-  test("gives a client 60 seconds", async () => {
+  test("has a timeout of 60 seconds", async () => {
     captured();
     const port = await serverPort();
     using timers = spyOn(globalThis, "setTimeout");
@@ -1303,7 +1332,7 @@ describe("the client", () => {
     },
     { kind: "nothing", reply: [], outcome: "socket closed 0 bytes into a 16-byte message" },
   ];
-  test.each(replies)("given $kind: $outcome", async ({ reply, outcome }) => {
+  test.each(replies)("given $kind, says: $outcome", async ({ reply, outcome }) => {
     const { out } = captured();
     const { port, accepted } = await listening();
     const asking = program.client("127.0.0.1", port, 10);
@@ -1321,7 +1350,7 @@ describe("the client", () => {
     expect(error?.message ?? out[1]).toEndWith(outcome);
   });
 
-  test("says so when the server resets", async () => {
+  test("fails with the words of the system when the server resets", async () => {
     captured();
     const { port, accepted } = await listening();
     const asking = program.client("127.0.0.1", port, 10);
@@ -1331,7 +1360,7 @@ describe("the client", () => {
     expect(await failure(asking)).toMatchObject({ message: "connection reset by peer" });
   });
 
-  test("says so when the server is silent for its timeout, and closes", async () => {
+  test("fails when the server is silent for its timeout, and closes", async () => {
     captured();
     const { port, accepted } = await listening();
     const asking = program.client("127.0.0.1", port, 0.05);
@@ -1340,7 +1369,7 @@ describe("the client", () => {
     expect(String(await receivedBy(peer))).toBe("Hi there, server");
   });
 
-  test("gives the server 60 seconds to accept, and 60 to answer", async () => {
+  test("has a timeout of 60 seconds, to connect and to receive", async () => {
     captured();
     const { port, accepted } = await listening();
     using timers = spyOn(globalThis, "setTimeout");
@@ -1391,7 +1420,7 @@ describe("the command line", () => {
   const hosts = [
     { args: [], hostname: "127.0.0.1" },
     { args: ["127.1"], hostname: "127.0.0.1" },
-    { args: ["127.0.0.010"], hostname: "127.0.0.8" },
+    { args: ["127.0.0.010"], hostname: "127.0.0.8" }, // octal, as in Python,
     { args: [""], hostname: "0.0.0.0" },
   ];
   test.each(hosts)("server $args listens at $hostname, port 1060", async ({ args, hostname }) => {
@@ -1414,7 +1443,7 @@ describe("the command line", () => {
     ]);
   });
 
-  test("exits with 0 when the client has its reply", async () => {
+  test("gives status 0 when the client has its reply", async () => {
     captured();
     const port = await serverPort();
     const dialReally = Bun.connect<Connection>;
@@ -1429,7 +1458,7 @@ describe("the command line", () => {
     expect(await program.main(["client"])).toBe(0);
   });
 
-  test("does not exit while the server runs", async () => {
+  test("gives no status while the server runs", async () => {
     const { out, err } = captured();
     using bound = spyOn(Bun, "listen");
     bound.mockReturnValue({ hostname: "127.0.0.1", port: 1060 } as never);
@@ -1444,7 +1473,7 @@ describe("the command line", () => {
     expect(hasReturned).toBeFalse();
   });
 
-  test("says so when it may not listen", async () => {
+  test("says that permission is denied where it may not listen", async () => {
     const { err } = captured();
     using _bound = refuses("listen", "EACCES");
     expect(await program.main(["server"])).toBe(1);
@@ -1464,37 +1493,44 @@ describe("the command line", () => {
   });
 
   const signals = ["SIGINT", "SIGTERM"] as const;
-  const title = "serves its own client, and prints what the Python program prints, until %s";
-  test.skipIf(host === undefined).each(signals)(title, async (signal) => {
+  const testOnPort = test.skipIf(host === undefined);
+  testOnPort.each(signals)(
+    "has a server and a client that talk on port 1060, until %s",
+    async (signal) => {
+      const server = start(["tcp_local.ts", "server", `${host}`]);
+      const out = linesOf(server.stdout);
+      expect((await out.next()).value).toBe(`Listening at ('${host}', 1060)`);
+
+      const client = await run(["tcp_local.ts", "client", `${host}`]);
+      const name = /\(.*\)/.exec(client.out)?.[0];
+      expect(client).toEqual({
+        status: 0,
+        out: `Client has been assigned socket name ${name}\nThe server said 'Farewell, client'\n`,
+        err: "",
+      });
+      for (const line of transcript(`${host}`, 1060, `${name}`, "'Hi there, server'")) {
+        expect((await out.next()).value).toBe(line);
+      }
+
+      server.kill(signal);
+      await server.exited;
+      expect(server.signalCode).toBe(signal);
+      expect((await out.next()).done).toBeTrue();
+    },
+  );
+
+  testOnPort("tells a second server in one line that the address is in use", async () => {
     const server = start(["tcp_local.ts", "server", `${host}`]);
     const out = linesOf(server.stdout);
-    expect((await out.next()).value).toBe(`Listening at ('${host}', 1060)`);
-
-    const client = await run(["tcp_local.ts", "client", `${host}`]);
-    const name = /\(.*\)/.exec(client.out)?.[0];
-    expect(client).toEqual({
-      status: 0,
-      out: `Client has been assigned socket name ${name}\nThe server said 'Farewell, client'\n`,
-      err: "",
-    });
-    for (const line of transcript(`${host}`, 1060, `${name}`, "'Hi there, server'")) {
-      expect((await out.next()).value).toBe(line);
-    }
-
-    const second = await run(["tcp_local.ts", "server", `${host}`]);
-    expect(second).toEqual({
+    await out.next(); // The first one listens.
+    expect(await run(["tcp_local.ts", "server", `${host}`])).toEqual({
       status: 1,
       out: "",
       err: `tcp_local.ts: cannot listen at ('${host}', 1060): address already in use\n`,
     });
-
-    server.kill(signal);
-    await server.exited;
-    expect(server.signalCode).toBe(signal);
-    expect((await out.next()).done).toBeTrue();
   });
 
-  test("imports no module, which older versions of Bun may lack, and which takes time to load", () => {
+  test("imports no module: some are missing in older versions of Bun, and each takes time", () => {
     const source = readFileSync(`${import.meta.dir}/tcp_local.ts`, "utf8").replace(/^#!.*/, "");
     const imports = new Bun.Transpiler({ loader: "ts" }).scanImports(source);
     expect(imports).toEqual([]);
@@ -1522,7 +1558,7 @@ describe("the README", () => {
     const hasty = await dial(port);
     hasty.peer.end("\0\0");
     expect(await receivedBy(hasty.peer)).toHaveLength(0);
-    // It is the first that standard error tells of: those before were served to their end.
+    // The first line on standard error is this one: the clients before were served to their end.
     const line = `${hasty.name}: socket closed 2 bytes into a 4-byte message`;
     expect((await err.next()).value).toBe(line);
 
@@ -1612,7 +1648,7 @@ describe.skipIf(!HAS_PROC)("under load", () => {
     expect(peakMemory(server.pid) - before).toBeLessThan(100 * MiB);
   });
 
-  test("a server holds little for clients that reset or stall, and prints only whole lines", async () => {
+  test("a server holds little for clients that reset or stall, and breaks no line in two", async () => {
     const { server, port, out } = await startServer(SERVER);
     const printing = Array.fromAsync(out); // A pipe that nobody reads would fill up.
     await exchange(port);
@@ -1655,26 +1691,33 @@ describe.skipIf(!HAS_PROC)("under load", () => {
 });
 
 /**
- * A connection is played through every sequence of five moves, and of four moves some of which come
- * in the same turn of the event loop. A model, `BlockingSocket`, makes the same moves. It keeps the
- * same promises, but needs no event, no promise and no timer. After each turn both must show the
- * same: the outcome of every call, what was sent, and whether anything is left that is not needed.
+ * A `Connection` makes every short sequence of moves: its peer sends, ends or resets, its process
+ * calls a method, a minute passes. So does a model, `BlockingSocket`, which keeps the same promises,
+ * but has neither events nor promises nor timers. After each turn of the event loop both must show
+ * the same: the outcome of each call, what was sent, and what is held that is not needed.
+ *
+ * For most sequences, socket, timers and event loop are played, in the way in which Bun was seen to
+ * call its handlers. That this is right is seen with real sockets.
  */
 describe("every order of events", () => {
   afterEach(() => {
     Object.assign(globalThis, REAL_TIMERS);
   });
 
-  test("of five moves leads to what a blocking socket would do", () => {
-    const turnAfterEach = 0b11111;
-    for (const moves of sequences(5)) play(moves, turnAfterEach);
+  const lengths = [1, 2, 3, 4, 5]; // The shortest sequence that goes wrong is the first to be told.
+  test.each(lengths)("of %p moves ends as the model says", (length) => {
+    const everyTurn = 2 ** length - 1;
+    for (const moves of sequences(length, MOVES)) compare(moves, everyTurn);
   });
 
-  test("of four moves does so, too, whichever of them share a turn", () => {
-    for (const moves of sequences(4)) {
-      // A turn comes after the last move, and not after all of the others.
-      for (let turns = 0b1000; turns < 0b1111; turns += 1) play(moves, turns);
+  test("of 4 moves ends as the model says, whichever of them share a turn", () => {
+    for (const moves of sequences(4, MOVES)) {
+      for (let turns = 0b1000; turns < 0b1111; turns += 1) compare(moves, turns);
     }
+  });
+
+  test("of 4 moves ends as the model says on real sockets", async () => {
+    for (const moves of sequences(4, REAL_MOVES)) await compareReal(moves);
   });
 });
 
@@ -1775,7 +1818,7 @@ async function failure(promise: Promise<unknown>): Promise<unknown> {
   throw new Error("nothing was rejected");
 }
 
-/** Resolves when the event loop has gone round. What was sent by then has arrived. */
+/** Resolves when the event loop has gone round. By then, Bun has read what was sent before. */
 async function eventLoopTurn(): Promise<void> {
   await new Promise((resolve) => setImmediate(resolve));
 }
@@ -1827,7 +1870,7 @@ function refuses(name: "listen" | "connect", code: string | undefined) {
   return spy;
 }
 
-/** What is printed from now to the end of the test, in lines. */
+/** What is printed from now to the end of the test, in lines. It is not shown. */
 function captured(): { out: string[]; err: string[] } {
   const out: string[] = [];
   const err: string[] = [];
@@ -1927,91 +1970,129 @@ function countDescriptors(pid: number): number {
   return readdirSync(`/proc/${pid}/fd`).length;
 }
 
-// ---- The model for every order of events -----------------------------------------------------------
+// ---- The model for every order of events --------------------------------------------------------
 
 const REAL_TIMERS = { setTimeout, clearTimeout, setImmediate };
 const TIMEOUT = 60; // seconds
-const RECV_LENGTH = 3; // more than a piece that arrives, and less than two
-const MESSAGE_SENT = "XYZ"; // of which the kernel has room for one, and a part of a second
+const ARRIVING = "abcdefghij"; // two bytes a move
+const RECV_LENGTH = 3; // more than the two bytes of one move, and fewer than those of two
+const SENDING = "XYZ"; // one call of `sendAll`
+const ROOM = 4; // so the kernel takes one such message, and a part of a second
 
-/** What can happen to a connection. The first five are done by its peer. */
-const MOVES = {
-  twoBytesArrive: (socket: SocketUnderTest) => socket.bytesArrive(),
-  peerEnds: (socket: SocketUnderTest) => socket.peerEnds(),
-  peerResets: (socket: SocketUnderTest) => socket.peerResets(),
-  peerReadsOneByte: (socket: SocketUnderTest) => socket.roomFor(1),
-  peerReadsTwoBytes: (socket: SocketUnderTest) => socket.roomFor(2),
-  recv: (socket: SocketUnderTest) => socket.recv(),
-  sendAll: (socket: SocketUnderTest) => socket.sendAll(),
-  shutdown: (socket: SocketUnderTest) => socket.shutdown(),
-  close: (socket: SocketUnderTest) => socket.close(),
-  aMinutePasses: (socket: SocketUnderTest) => socket.minutePasses(),
-};
-type Move = keyof typeof MOVES;
-type SocketUnderTest = PlayedConnection | BlockingSocket;
+/** What a peer can do to a connection, and what its own process can. Each is a method below. */
+const PEER_MOVES = [
+  "twoBytesArrive",
+  "peerEnds",
+  "peerResets",
+  "roomForOneByte",
+  "roomForTwoBytes",
+] as const;
+const OWN_MOVES = ["recv", "sendAll", "shutdown", "close", "aMinutePasses"] as const;
+const MOVES = [...PEER_MOVES, ...OWN_MOVES];
+type Move = (typeof MOVES)[number];
 
-function isPossible(move: Move, before: Move[]): boolean {
-  const isDoneByPeer = Object.keys(MOVES).indexOf(move) < 5;
-  if (before.includes("peerResets")) return !isDoneByPeer;
-  const ends = ["twoBytesArrive", "peerEnds"];
-  if (before.includes("peerEnds")) return !ends.includes(move);
-  return true;
-}
+/** The moves that a test can make with a real peer, without knowing the size of the kernel. */
+const REAL_MOVES = [
+  "twoBytesArrive",
+  "peerEnds",
+  "peerResets",
+  "recv",
+  "sendAll",
+  "shutdown",
+  "close",
+] as const;
+type RealMove = (typeof REAL_MOVES)[number];
 
-function* sequences(length: number): Generator<Move[]> {
+/** Every possible sequence of so many of the moves. */
+function* sequences<Some extends Move>(length: number, moves: readonly Some[]): Generator<Some[]> {
   if (length === 0) {
     yield [];
     return;
   }
-  for (const before of sequences(length - 1)) {
-    for (const move of Object.keys(MOVES) as Move[]) {
+  for (const before of sequences(length - 1, moves)) {
+    for (const move of moves) {
       if (isPossible(move, before)) yield [...before, move];
     }
   }
 }
 
-/** Makes the moves, with a turn of the event loop after each whose bit is set in `turns`. */
-function play(moves: Move[], turns: number): void {
+function isPossible(move: Move, before: Move[]): boolean {
+  const isDoneByPeer = (PEER_MOVES as readonly Move[]).includes(move);
+  if (before.includes("peerResets")) return !isDoneByPeer;
+  if (before.includes("peerEnds")) return move !== "twoBytesArrive" && move !== "peerEnds";
+  return true;
+}
+
+/**
+ * Makes the moves with a played connection and with the model, and compares them after each turn
+ * of the event loop. There is a turn after each move whose bit is set in `turns`.
+ */
+function compare(moves: Move[], turns: number): void {
   const played = new PlayedConnection();
   const model = new BlockingSocket();
+  let made = "";
   for (const [i, move] of moves.entries()) {
-    MOVES[move](played);
-    MOVES[move](model);
+    made += ` ${move}`;
+    played[move]();
+    model[move]();
     const hasTurn = (turns & (1 << i)) !== 0;
     if (!hasTurn) continue;
+    made += ",";
     played.turn();
     model.turn();
     const got = shown(played);
     const want = shown(model);
-    if (got !== want) {
-      const made = moves.slice(0, i + 1).join(", ");
-      throw new Error(`${made} (turns ${turns.toString(2)}):\n got ${got}\nwant ${want}`);
-    }
+    if (got !== want) throw new Error(`after${made}\n got ${got}\nwant ${want}`);
   }
 }
 
-function shown(socket: SocketUnderTest): string {
-  const kernel = socket.isOpen ? `the kernel holds "${socket.kernel}"` : "gone";
-  const fin = socket.hasSentFin ? "FIN sent" : "no FIN";
-  return `[${socket.outcomes}], sent "${socket.sent}", ${fin}, ${kernel}, ${socket.countTimers()} timers`;
+function shown(socket: PlayedConnection | BlockingSocket): string {
+  const calls = socket.outcomes.join(", ");
+  const fin = socket.hasSentFin ? " and a FIN" : "";
+  const kernel = socket.isOpen ? `the kernel holds "${socket.kernel}"` : "the socket is gone";
+  return `[${calls}], sent "${socket.sent}"${fin}, ${kernel}, ${socket.countTimers()} timers`;
 }
 
-/** What the kernel and the peer have to do with a connection, the same for both that are compared. */
-class Network {
-  kernel = ""; // what has arrived, and the process has not read
-  arrived = 0; // how many bytes have arrived in all
-  hasFin = false; // the peer has ended
-  hasReset = false; // the peer has reset the connection
-  room = 4; // how many more bytes the kernel takes to send
-  sent = ""; // what the kernel has taken to send
-  hasSentFin = false;
-  isOpen = true; // the process holds the descriptor
-  outcomes: string[] = []; // of each call so far: what it gave, or that it waits
+/** Makes the moves with a real connection and with the model, and compares them after each. */
+async function compareReal(moves: RealMove[]): Promise<void> {
+  const { sock, peer } = await pair();
+  const real = new RealConnection(sock, peer);
+  const model = new BlockingSocket();
+  model.room = Infinity;
+  let made = "";
+  for (const move of moves) {
+    made += ` ${move},`;
+    real[move]();
+    model[move]();
+    await real.turn();
+    model.turn();
+    const got = `[${real.outcomes.join(", ")}]`;
+    const want = `[${model.outcomes.join(", ")}]`;
+    if (got !== want) throw new Error(`after${made}\n got ${got}\nwant ${want}`);
+  }
+  // A peer that has reset hears no more.
+  if (!model.hasReset && real.received !== model.sent) {
+    throw new Error(`after${made} the peer got "${real.received}", want "${model.sent}"`);
+  }
+}
 
-  bytesArrive(): void {
-    const bytes = "abcdefghij".slice(this.arrived, this.arrived + 2);
-    this.kernel += bytes;
-    this.arrived += 2;
+/** The kernel, the peer, and how much of them Bun tells. It is the same for model and played. */
+class Network {
+  kernel = ""; // what has arrived in the kernel, and Bun has not read
+  countArrived = 0; // the number of bytes that have arrived in all
+  hasFin = false; // The peer has ended its stream.
+  hasReset = false; // The peer has reset the connection.
+  room = ROOM; // how many more bytes the kernel takes to send
+  sent = ""; // what the kernel has taken to send
+  hasSentFin = false; // This side has ended its stream.
+  isOpen = true; // This process holds the descriptor.
+  isPaused = false; // Bun is not to read.
+  hasWriteMetReset = false; // A write has failed. That was all that the kernel says of the reset.
+  outcomes: string[] = []; // What each call of `recv` and `sendAll` has given, or that it waits.
+
+  twoBytesArrive(): void {
+    this.kernel += ARRIVING.slice(this.countArrived, this.countArrived + 2);
+    this.countArrived += 2;
   }
 
   peerEnds(): void {
@@ -2022,56 +2103,72 @@ class Network {
     this.hasReset = true;
   }
 
-  roomFor(count: number): void {
-    this.room = count;
+  roomForOneByte(): void {
+    this.room = 1;
   }
 
-  /** Takes what there is room for, and returns how many bytes that is. */
+  roomForTwoBytes(): void {
+    this.room = 2;
+  }
+
+  /** Takes as many of the bytes as there is room for, and returns how many that is. */
   takeToSend(bytes: string): number {
     const taken = bytes.slice(0, this.room);
     this.sent += taken;
     this.room -= taken.length;
     return taken.length;
   }
+
+  /** Bun tells of room only when there is a lot of it, and not after a reset. */
+  isRoomTold(): boolean {
+    return this.isOpen && this.room > 1 && !this.hasReset;
+  }
+
+  /** Bun reads all that came before a reset, even if it has paused. */
+  isReading(): boolean {
+    const isResetTold = this.hasReset && !this.hasWriteMetReset;
+    return this.isOpen && (!this.isPaused || isResetTold);
+  }
 }
 
-/** The model. `recv` and `sendAll` note their outcome as soon as it is known. */
+/** The model: what a connection promises, as plain changes of state. */
 class BlockingSocket extends Network {
-  unread = ""; // what the process has read, and no `recv` has returned
-  isPaused = false; // the process reads no more, as nobody has asked for what it has
+  unread = ""; // what Bun has read, and no `recv` has returned
   reader: number | undefined; // the call of `recv` that waits
-  isReaderBusy = false; // the caller of a `recv` has not gone on yet
+  isReaderBusy = false; // A `recv` has been called in this turn, or waits.
   writers: { call: number; unsent: string }[] = []; // the calls of `sendAll` that wait
-  peerHasEnded = false; // the process has seen the FIN
   hasShutDown = false;
   hasClosed = false;
-  hasWriteMetReset = false; // so Bun reports it as an end without an error
-  isDisconnected = false; // the process has seen that the connection is gone
-  failure = ""; // the reason why it broke: the first one stays
+  peerHasEnded = false; // The end of the stream has been seen.
+  isDisconnected = false; // It has been seen that the connection is gone.
+  failure = ""; // why it broke: the first reason stays
 
   countTimers(): number {
     const isLingering = this.hasClosed && this.isOpen;
     const waits = [this.reader !== undefined, this.writers.length > 0, isLingering];
-    return waits.filter(Boolean).length;
+    return waits.filter((isWaiting) => isWaiting).length;
   }
 
   recv(): void {
+    const call = this.outcomes.length;
     if (this.isReaderBusy) {
-      this.outcomes.push("refused");
+      this.outcomes.push("recv: refused");
       return;
     }
     this.isReaderBusy = true;
-    this.reader = this.outcomes.length;
-    this.outcomes.push("waits");
+    this.outcomes.push("recv: waits");
+    this.reader = call;
     this.settleReader();
-    // What it waits for must not stay in the kernel.
-    if (this.reader !== undefined) this.isPaused = false;
+    const isWaiting = this.reader !== undefined;
+    if (isWaiting) this.isPaused = false;
   }
 
   sendAll(): void {
-    this.writers.push({ call: this.outcomes.length, unsent: MESSAGE_SENT });
-    this.outcomes.push("waits");
-    if (this.writers.length === 1) this.write();
+    const call = this.outcomes.length;
+    this.outcomes.push("sendAll: waits");
+    this.writers.push({ call, unsent: SENDING });
+    const isFirst = this.writers.length === 1;
+    if (isFirst) this.write();
   }
 
   shutdown(): void {
@@ -2084,73 +2181,70 @@ class BlockingSocket extends Network {
     this.shutdown();
     this.hasClosed = true;
     this.unread = "";
-    this.isPaused = false; // What still comes is discarded.
-    // It lingers only for a peer that may still send.
-    if (this.peerHasEnded || this.failure !== "") this.isOpen = false;
+    this.isPaused = false; // What still arrives is discarded.
+    const canStillArrive = !this.peerHasEnded && this.failure === "";
+    if (!canStillArrive) this.isOpen = false;
   }
 
+  /** What this process hears of the network when the event loop turns. */
   turn(): void {
-    // First go on those that a call of this process has woken.
-    this.settleReader();
-    this.settleWriters();
-    // Then the process hears of the network: of room, ...
-    if (this.isOpen && this.room > 1 && !this.hasReset) this.write();
-    // ... of bytes, ...
+    if (this.isRoomTold()) this.write();
     if (this.isReading()) this.readKernel();
-    // ... and only after all of them of the end, or of a reset.
+    // The end, and a reset, come after all bytes. To read may have paused Bun again.
     if (this.isReading()) {
-      if (this.hasFin && !this.hasSentFin) this.seeEnd();
-      if (this.hasReset) {
-        this.disconnect(this.hasFin ? "EPIPE" : "ECONNRESET");
-      } else if (this.hasFin && this.hasSentFin) {
-        this.seeEnd(); // Once this side has ended, Bun tells the peer's end by this alone.
-        this.disconnect("");
-      }
+      if (this.hasReset) this.hearReset();
+      else if (this.hasFin) this.hearEnd();
     }
     this.settleReader();
     this.settleWriters();
-    this.isReaderBusy = this.reader !== undefined;
+    this.isReaderBusy = this.reader !== undefined; // Whose `recv` is done has gone on.
   }
 
-  minutePasses(): void {
+  aMinutePasses(): void {
     const reader = this.reader;
     const sent = this.sent;
     const isWriting = this.writers.length > 0;
     this.turn(); // What has happened by now is in time.
     if (reader !== undefined && this.reader === reader) this.settleReader("ETIMEDOUT");
-    // There may be a little room, of which the kernel does not tell.
+    // There may be a little room, of which Bun does not tell.
     if (isWriting && this.sent === sent) this.write();
     if (isWriting && this.sent === sent) this.failWriters("ETIMEDOUT");
-    if (this.hasClosed) this.isOpen = false; // It does not linger longer.
-    this.turn();
-  }
-
-  /** A reset is told of even to a process that has paused, unless a write has met it. */
-  private isReading(): boolean {
-    const hears = !this.isPaused || (this.hasReset && !this.hasWriteMetReset);
-    return this.isOpen && hears;
+    if (this.hasClosed) this.isOpen = false; // It lingers no longer.
+    this.isReaderBusy = this.reader !== undefined;
   }
 
   private readKernel(): void {
-    if (this.kernel === "") return;
     const bytes = this.kernel;
     this.kernel = "";
-    if (this.hasClosed) return; // discarded
-    this.isPaused = this.unread !== "" || !this.isReaderBusy;
+    if (this.hasClosed || bytes === "") return;
     this.unread += bytes;
+    const isAwaited = this.reader !== undefined;
+    if (!isAwaited) this.isPaused = true;
   }
 
-  private seeEnd(): void {
+  private hearEnd(): void {
     if (this.failure === "") this.peerHasEnded = true;
+    // When both sides have ended, the connection is over.
+    if (this.hasSentFin) this.disconnect();
   }
 
-  private disconnect(failure: string): void {
+  private hearReset(): void {
+    // Once this side has ended, Bun does not tell that the peer had ended, too.
+    if (this.hasFin && !this.hasSentFin && this.failure === "") this.peerHasEnded = true;
+    this.fail(this.hasFin ? "EPIPE" : "ECONNRESET");
+    this.disconnect();
+  }
+
+  private fail(code: string): void {
+    if (this.failure === "") this.failure = code;
+  }
+
+  private disconnect(): void {
     this.isOpen = false;
     this.isDisconnected = true;
-    if (this.failure === "") this.failure = failure;
   }
 
-  /** What a `recv` is given, in this order: bytes, the end, the reason why there are none. */
+  /** What a waiting `recv` is given: bytes, or else the end, or else the reason for neither. */
   private settleReader(otherwise?: string): void {
     if (this.reader === undefined) return;
     let outcome = otherwise;
@@ -2165,7 +2259,7 @@ class BlockingSocket extends Network {
       outcome = this.failure;
     }
     if (outcome === undefined) return;
-    this.outcomes[this.reader] = outcome;
+    this.outcomes[this.reader] = `recv: ${outcome}`;
     this.reader = undefined;
   }
 
@@ -2175,13 +2269,14 @@ class BlockingSocket extends Network {
     else if (this.failure !== "") this.failWriters(this.failure);
   }
 
-  /** Sends what there is room for, in the order of the calls. */
+  /** Sends as much as there is room for, in the order of the calls. */
   private write(): void {
     this.settleWriters();
-    if (this.hasReset && this.writers.length > 0) {
+    const meetsReset = this.hasReset && this.writers.length > 0;
+    if (meetsReset) {
       this.hasWriteMetReset = true;
-      this.failure = this.peerHasEnded ? "EPIPE" : "ECONNRESET";
-      this.failWriters(this.failure);
+      this.fail(this.peerHasEnded ? "EPIPE" : "ECONNRESET");
+      this.settleWriters();
     }
     for (;;) {
       const writer = this.writers[0];
@@ -2189,28 +2284,57 @@ class BlockingSocket extends Network {
       const taken = this.takeToSend(writer.unsent);
       writer.unsent = writer.unsent.slice(taken);
       if (writer.unsent !== "") return;
-      this.outcomes[writer.call] = "sent";
+      this.outcomes[writer.call] = "sendAll: sent";
       this.writers.shift();
     }
   }
 
   private failWriters(code: string): void {
-    for (const { call } of this.writers) this.outcomes[call] = code;
+    for (const { call } of this.writers) this.outcomes[call] = `sendAll: ${code}`;
     this.writers = [];
   }
 }
 
-/** A `Connection` on a stand-in for Bun's socket, which does what Bun's was seen to do on Linux. */
+/** Notes the outcome of each call of a connection, in the words of the model. */
+class Caller {
+  readonly connection: Connection;
+  private readonly outcomes: string[];
+
+  constructor(connection: Connection, outcomes: string[]) {
+    this.connection = connection;
+    this.outcomes = outcomes;
+  }
+
+  recv(): void {
+    const showBytes = (bytes: Buffer) => (bytes.length === 0 ? "end" : String(bytes));
+    this.note("recv", this.connection.recv(RECV_LENGTH).then(showBytes));
+  }
+
+  sendAll(): void {
+    const showSent = () => "sent";
+    this.note("sendAll", this.connection.sendAll(SENDING).then(showSent));
+  }
+
+  private note(name: string, result: Promise<string>): void {
+    const call = this.outcomes.length;
+    this.outcomes.push(`${name}: waits`);
+    const settle = (outcome: string) => {
+      this.outcomes[call] = `${name}: ${outcome}`;
+    };
+    result.then(settle, (error) => settle(error.code ?? "refused"));
+  }
+}
+
+/** A `Connection` whose socket, timers and event loop are played, as Bun was seen to do on Linux. */
 class PlayedConnection extends Network {
-  private isPaused = false; // Bun is not to read from the kernel.
   private isWriteShort = false; // Bun owes a `drain`.
   private hasToldEnd = false; // Bun calls `end` once.
-  private hasWriteMetReset = false; // Bun then reports an end without an error.
   private timers = new Set<{ delay: number; ring: () => void }>();
   private immediates: (() => void)[] = [];
-  private readonly socket = this.standIn();
-  private readonly connection: Connection;
+  private readonly socket = this.playedSocket();
+  private readonly caller: Caller;
 
+  /** Also takes the place of the timers. `REAL_TIMERS` has the real ones. */
   constructor() {
     super();
     Object.assign(globalThis, {
@@ -2218,8 +2342,9 @@ class PlayedConnection extends Network {
       clearTimeout: (timer: never) => this.timers.delete(timer),
       setImmediate: (callback: () => void) => this.immediates.push(callback),
     });
-    this.connection = new Connection(this.socket, TIMEOUT);
-    this.socket.data = this.connection; // where the handlers find it
+    const connection = new Connection(this.socket, TIMEOUT);
+    this.socket.data = connection; // where the handlers find it
+    this.caller = new Caller(connection, this.outcomes);
   }
 
   countTimers(): number {
@@ -2227,28 +2352,25 @@ class PlayedConnection extends Network {
   }
 
   recv(): void {
-    const showBytes = (bytes: Buffer) => (bytes.length === 0 ? "end" : String(bytes));
-    this.noteOutcome(this.connection.recv(RECV_LENGTH).then(showBytes));
+    this.caller.recv();
   }
 
   sendAll(): void {
-    const showSent = () => "sent";
-    this.noteOutcome(this.connection.sendAll(MESSAGE_SENT).then(showSent));
+    this.caller.sendAll();
   }
 
   shutdown(): void {
-    this.connection.shutdown();
+    this.caller.connection.shutdown();
   }
 
   close(): void {
-    this.connection.close();
+    this.caller.connection.close();
   }
 
   /** Bun looks at its sockets, then at its timers, then at what waits for the turn to be over. */
   turn(): void {
     drainMicrotasks();
     this.poll();
-    drainMicrotasks();
     this.ringTimers(0);
     const { immediates } = this;
     this.immediates = [];
@@ -2256,15 +2378,15 @@ class PlayedConnection extends Network {
     drainMicrotasks();
   }
 
-  minutePasses(): void {
+  /** A process that was busy for a minute hears of its timers before it hears of its sockets. */
+  aMinutePasses(): void {
     drainMicrotasks();
-    this.ringTimers(60_000); // A process that was busy hears of its timers first.
-    this.turn();
+    this.ringTimers(60_000);
     this.turn();
   }
 
   /** The socket as the connection knows it. */
-  private standIn(): Socket<Connection> {
+  private playedSocket(): Socket<Connection> {
     const socket = {
       setKeepAlive: () => {},
       pause: () => {
@@ -2273,7 +2395,9 @@ class PlayedConnection extends Network {
       resume: () => {
         this.isPaused = false;
       },
-      write: (bytes: Uint8Array, start: number, count: number) => this.write(bytes, start, count),
+      write: (bytes: Uint8Array, start: number, count: number) => {
+        return this.write(Buffer.from(bytes).toString("latin1", start, start + count));
+      },
       shutdown: () => {
         this.hasSentFin = true;
       },
@@ -2282,79 +2406,114 @@ class PlayedConnection extends Network {
     return socket as unknown as Socket<Connection>;
   }
 
-  private write(bytes: Uint8Array, start: number, count: number): number {
+  private write(bytes: string): number {
     if (this.hasReset) this.hasWriteMetReset = true;
     if (this.hasReset || this.hasSentFin) return -1;
-    const taken = this.takeToSend(String(Buffer.from(bytes).subarray(start, start + count)));
-    this.isWriteShort = taken < count;
+    const taken = this.takeToSend(bytes);
+    this.isWriteShort = taken < bytes.length;
     return taken;
   }
 
   private poll(): void {
-    // The kernel tells of room only when there is a lot of it.
-    if (this.isOpen && this.isWriteShort && this.room > 1 && !this.hasReset) {
+    if (this.isWriteShort && this.isRoomTold()) {
       this.isWriteShort = false;
       this.call("drain");
-      drainMicrotasks();
     }
     if (this.isReading() && this.kernel !== "") {
       const bytes = Buffer.from(this.kernel);
       this.kernel = "";
       this.call("data", bytes);
-      drainMicrotasks();
     }
-    // The handler of `data` may have paused the socket: then Bun looks no further.
+    // The handler of `data` may have paused the socket. Then Bun looks no further.
     if (!this.isReading()) return;
-    if ((this.hasFin || this.hasWriteMetReset) && !this.hasToldEnd && !this.hasSentFin) {
+    const isEndTold = (this.hasFin || this.hasWriteMetReset) && !this.hasSentFin;
+    if (isEndTold && !this.hasToldEnd) {
       this.hasToldEnd = true;
       this.call("end");
-      drainMicrotasks();
     }
     if (this.hasReset && this.hasWriteMetReset) this.closeSocket();
     else if (this.hasReset) this.closeSocket(this.hasFin ? "EPIPE" : "ECONNRESET");
     else if (this.hasFin && this.hasSentFin) this.closeSocket();
-  }
-
-  /** Bun tells of a reset even to a socket that has paused, unless a write has met the reset. */
-  private isReading(): boolean {
-    const isRead = !this.isPaused || (this.hasReset && !this.hasWriteMetReset);
-    return this.isOpen && isRead;
+    drainMicrotasks();
   }
 
   private closeSocket(code?: string): void {
     if (!this.isOpen) return;
     this.isOpen = false;
-    this.call("close", code === undefined ? undefined : Object.assign(new Error(code), { code }));
+    const error = code === undefined ? undefined : Object.assign(new Error(code), { code });
+    void Connection.handlers.close?.(this.socket, error);
   }
 
-  /** Calls a handler of the connection. Whoever it wakes goes on in a microtask. */
-  private call(name: "data" | "end" | "close" | "drain", argument?: unknown): void {
-    const handler = Connection.handlers[name] as (socket: unknown, argument: unknown) => void;
-    handler(this.socket, argument);
+  /** Calls a handler. Whoever it wakes goes on in a microtask, before Bun calls another one. */
+  private call(name: "data" | "end" | "drain", bytes?: Buffer): void {
+    const handler = Connection.handlers[name] as (socket: unknown, bytes?: Buffer) => void;
+    handler(this.socket, bytes);
+    drainMicrotasks();
   }
 
   private startTimer(ring: () => void, delay: number): unknown {
-    if (![0, 4000, 60_000].includes(delay)) throw new RangeError(`a timer of ${delay} ms`);
     const timer = { ring, delay };
     this.timers.add(timer);
     return timer;
   }
 
   private ringTimers(time: number): void {
-    for (const timer of [...this.timers]) {
-      if (timer.delay > time) continue;
+    const due = [...this.timers].filter(({ delay }) => delay <= time);
+    for (const timer of due) {
       this.timers.delete(timer);
       timer.ring();
       drainMicrotasks();
     }
   }
+}
 
-  private noteOutcome(outcome: Promise<string>): void {
-    const call = this.outcomes.length;
-    this.outcomes.push("waits");
-    const note = (text: string) => {
-      this.outcomes[call] = text;
-    };
-    outcome.then(note, (error) => note(error.code ?? "refused"));
+/** A `Connection` over a real socket, and its peer. */
+class RealConnection {
+  readonly outcomes: string[] = [];
+  received = ""; // by the peer
+  private countArrived = 0;
+  private readonly peer: net.Socket;
+  private readonly caller: Caller;
+
+  constructor(connection: Connection, peer: net.Socket) {
+    this.caller = new Caller(connection, this.outcomes);
+    this.peer = peer;
+    peer.on("data", (bytes: Buffer) => {
+      this.received += String(bytes);
+    });
+  }
+
+  twoBytesArrive(): void {
+    this.peer.write(ARRIVING.slice(this.countArrived, this.countArrived + 2));
+    this.countArrived += 2;
+  }
+
+  peerEnds(): void {
+    this.peer.end();
+  }
+
+  peerResets(): void {
+    this.peer.resetAndDestroy();
+  }
+
+  recv(): void {
+    this.caller.recv();
+  }
+
+  sendAll(): void {
+    this.caller.sendAll();
+  }
+
+  shutdown(): void {
+    this.caller.connection.shutdown();
+  }
+
+  close(): void {
+    this.caller.connection.close();
+  }
+
+  /** The peer may need a turn to send, Bun one to hear of it, and a 64th call one to resolve. */
+  async turn(): Promise<void> {
+    for (let i = 0; i < 4; i += 1) await eventLoopTurn();
   }
 }

@@ -725,7 +725,5 @@ export function repr(bytes: string | Uint8Array): string {
   return quote + shown + quote;
 }
 
-if (import.meta.main) {
-  const status = await main(process.argv.slice(2));
-  process.exit(status); // The exchange is over, so do not wait for a connection that lingers.
-}
+// When `main` is done, so is the exchange. This does not wait for a connection that lingers.
+if (import.meta.main) process.exit(await main(process.argv.slice(2)));
