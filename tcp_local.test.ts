@@ -281,15 +281,15 @@ describe("recv", () => {
     const socks: Connection[] = [];
     for (let i = 0; i < 10; i += 1) {
       const { sock, peer } = await pair();
-      peer.write(Buffer.alloc(65));
-      await sock.recv(1); // So the other 64 have arrived.
+      peer.write(Buffer.alloc(1 + 640));
+      await sock.recv(1); // So the other 640 have arrived.
       socks.push(sock);
     }
     using turns = spyOn(globalThis, "setImmediate"); // which a call waits for
     for (const sock of socks) {
-      for (let i = 0; i < 64; i += 1) await sock.recv(1);
+      for (let i = 0; i < 640; i += 1) await sock.recv(1);
     }
-    expect(turns).toHaveBeenCalledTimes(10);
+    expect(turns).toHaveBeenCalledTimes(100);
   });
 });
 
