@@ -1565,11 +1565,8 @@ describe("the README", () => {
     const greedy = await dial(port);
     greedy.peer.write("\0\x01\0\x01");
     expect(await receivedBy(greedy.peer)).toHaveLength(0);
-    let told = "";
-    while (!told.includes("a message of 65537 bytes is too long")) {
-      told += (await err.next()).value;
-    }
-    expect(told).toContain(`${greedy.name}: `);
+    const reason = "a message of 65537 bytes is too long";
+    expect((await err.next()).value).toBe(`${greedy.name}: ${reason}`);
   });
 
   test("has a client that reads to the end of the stream", async () => {
@@ -1580,10 +1577,22 @@ describe("the README", () => {
         if (bytes.length === 0) break;
         length += bytes.length;
       }
-      await sock.sendAll(`${length} bytes\n`);
+      await sock.sendAll(`${length} bytes`);
     });
     const script = readmeScript("count.ts").replace("1062", `${port}`);
     expect(await run(["-e", script])).toEqual({ status: 0, out: "17 bytes\n", err: "" });
+  });
+
+  test("shows what Bun prints of an error of `connect` that nobody catches", async () => {
+    const port = `${await freePort()}`;
+    const { err } = await run(["-e", readmeScript("ask.ts").replace("1060", port)]);
+    const shown = readmeBlock("an error of Bun:", "text").replace("1060", port);
+    const lines = shown
+      .replace("/home/you/tcp_local.ts", `${import.meta.dir}/tcp_local.ts`)
+      .replace("/home/you/ask.ts", `${import.meta.dir}/[eval]`)
+      .trim()
+      .split("\n");
+    for (const line of lines) expect(err).toContain(line);
   });
 
   test("shows how to catch an error of the network", async () => {
@@ -1952,11 +1961,17 @@ const SERVER = `
 
 /** The script that the README tells to save as `name`. */
 function readmeScript(name: string): string {
+  return readmeBlock(`\`${name}\``, "ts");
+}
+
+/** The first block of the README in that language after some words. */
+function readmeBlock(words: string, language: string): string {
   const readme = readFileSync(`${import.meta.dir}/README.md`, "utf8");
-  const afterName = readme.slice(readme.indexOf(`\`${name}\``));
-  const script = /^```ts\n(.*?)^```$/ms.exec(afterName)?.[1];
-  if (script === undefined) throw new Error(`no ${name} in the README`);
-  return script;
+  const start = readme.indexOf(words);
+  const fenced = new RegExp(`^\`\`\`${language}\\n(.*?)^\`\`\`$`, "ms");
+  const block = fenced.exec(readme.slice(start))?.[1];
+  if (start < 0 || block === undefined) throw new Error(`nothing after ${words} in the README`);
+  return block;
 }
 
 /** The most memory that a process has held so far, in bytes. */
