@@ -2264,8 +2264,8 @@ class BlockingSocket extends Network {
     if (this.isReading()) this.readKernel();
     // The end, and a reset, come after all bytes. To read may have paused Bun again.
     if (this.isReading()) {
+      if (this.hasFin) this.hearEnd();
       if (this.hasReset) this.hearReset();
-      else if (this.hasFin) this.hearEnd();
     }
     this.settleReader();
     this.settleWriters();
@@ -2302,8 +2302,6 @@ class BlockingSocket extends Network {
   }
 
   private hearReset(): void {
-    // Once this side has ended, Bun does not tell that the peer had ended, too.
-    if (this.hasFin && !this.hasSentFin && this.failure === "") this.peerHasEnded = true;
     this.fail(this.hasFin ? "EPIPE" : "ECONNRESET");
     this.disconnect();
   }
@@ -2504,9 +2502,10 @@ class PlayedConnection extends Network {
       this.hasToldEnd = true;
       this.call("end");
     }
-    if (this.hasReset && this.hasWriteMetReset) this.closeSocket();
-    else if (this.hasReset) this.closeSocket(this.hasFin ? "EPIPE" : "ECONNRESET");
-    else if (this.hasFin && this.hasSentFin) this.closeSocket();
+    const haveBothEnded = this.hasFin && this.hasSentFin;
+    const isResetTold = this.hasReset && !this.hasWriteMetReset && !haveBothEnded;
+    if (isResetTold) this.closeSocket(this.hasFin ? "EPIPE" : "ECONNRESET");
+    else if (this.hasReset || haveBothEnded) this.closeSocket();
     drainMicrotasks();
   }
 
