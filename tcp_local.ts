@@ -146,6 +146,7 @@ const REASONS: Record<string, string> = {
   ECONNABORTED: "the connection was cut off",
   ECONNREFUSED: "connection refused or host unreachable", // Bun has one code for both
   ECONNRESET: "connection reset by peer",
+  EHOSTUNREACH: "host unreachable",
   EPIPE: "broken pipe",
   ETIMEDOUT: "timed out",
 };
@@ -273,7 +274,8 @@ const LINGER_TIME = 4;
  *
  * They reject with a `SocketError`, whose `code` says why:
  *
- * - `ETIMEDOUT`: The call made no progress for `timeout` seconds, or the peer has vanished.
+ * - `ETIMEDOUT`: The call made no progress for `timeout` seconds, or the peer has vanished. (For the
+ *   latter, the code may also be `EHOSTUNREACH`.)
  * - `ECONNRESET`: The peer has reset the connection, or `sendAll` has found it broken.
  * - `EPIPE`: As `ECONNRESET`, but after the peer had ended its stream. Or this process has called
  *   `shutdown`, and then `sendAll`.
@@ -440,9 +442,10 @@ export class Connection {
    * Sends all of `data`, a string as UTF-8. Resolves when the kernel has every byte of it, which
    * does not mean that the peer has. Do not change a buffer before that.
    *
-   * Calls send one after the other, in the order in which they were made. If one rejects, those
-   * that wait for it reject, too. A part of the data may have been sent, so the stream may be out
-   * of step: close the connection. The wait for other calls does not count for the timeout.
+   * Calls send one after the other, in the order in which they were made. If one fails while it
+   * sends, those that wait for it reject, too. A part of its data may have been sent, so the stream
+   * may be out of step: close the connection. The wait for other calls does not count for the
+   * timeout.
    *
    * Rejects with a `TypeError` if `data` is neither a string nor bytes.
    */
@@ -583,7 +586,7 @@ export async function connect(
   if (!isInTime) {
     tooLate.abort();
     const cause = new SocketError("ETIMEDOUT");
-    throw fillIn(blank, failureOf(`cannot connect to ${new Address(host, port)}`, cause));
+    throw fillIn(blank, failureOf(`cannot connect to (${repr(host)}, ${port})`, cause));
   }
   try {
     return await dialling;
