@@ -416,6 +416,17 @@ describe("sendAll", () => {
     expect(await second).toMatchObject({ code: "ETIMEDOUT" });
   });
 
+  test("rejects again and again after a failure, even if there is nothing to send", async () => {
+    const { sock, peer } = await pair();
+    peer.resetAndDestroy();
+    await once(peer, "close");
+    await eventLoopTurn();
+    const reset = { code: "ECONNRESET" };
+    expect(await failure(sock.sendAll("x"))).toMatchObject(reset);
+    expect(await failure(sock.sendAll("x"))).toMatchObject(reset);
+    expect(await failure(sock.sendAll(""))).toMatchObject(reset);
+  });
+
   test("rejects if the peer resets while it waits for room", async () => {
     const { sock, peer } = await pair(Infinity);
     const sending = failure(sock.sendAll(Buffer.alloc(32 * MiB)));
@@ -847,11 +858,13 @@ describe("connect", () => {
     expect(lookup.mock.calls).toEqual([["name.invalid", { family: 4, backend: "system" }]]);
   });
 
-  test("does not look up what is an address already", async () => {
-    const { port } = await listening();
+  const addresses = ["127.0.0.1", "0.0.0.0", "255.255.255.255"];
+  test.each(addresses)("does not look up %p, which is an address already", async (host) => {
     using lookup = lookupFinds([]);
-    using _sock = await connect("127.0.0.1", port);
+    using dialled = refuses("connect", "ECONNREFUSED");
+    await failure(connect(host, 1));
     expect(lookup).not.toHaveBeenCalled();
+    expect(dialled.mock.calls[0]?.[0]).toMatchObject({ hostname: host });
   });
 
   const noDecimalAddresses = [

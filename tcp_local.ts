@@ -500,11 +500,10 @@ export class Connection {
   #write(bytes: Uint8Array, start: number, count: number): number {
     if (this.#hasClosed) throw new SocketError("EBADF");
     if (this.#hasShutDown) throw new SocketError("EPIPE");
-    if (this.#failure) throw new SocketError(this.#failure);
     const taken = this.#socket.write(bytes, start, count);
     if (taken < 0) {
-      // The connection is broken, most likely by a reset. For a reset, the kernel has two codes:
-      // one if the peer had ended its stream before, one if it had not.
+      // The connection is broken. If Bun has not told the reason yet, it is most likely a reset.
+      // For that, the kernel has two codes: one if the peer had ended its stream before, one if not.
       this.#fail(this.#peerHasEnded ? "EPIPE" : "ECONNRESET");
       throw new SocketError(this.#failure);
     }
