@@ -274,8 +274,8 @@ const LINGER_TIME = 4;
  *
  * They reject with a `SocketError`, whose `code` says why:
  *
- * - `ETIMEDOUT`: The call made no progress for `timeout` seconds, or the peer has vanished. (For the
- *   latter, the code may also be `EHOSTUNREACH`.)
+ * - `ETIMEDOUT`: The call made no progress for `timeout` seconds, or the peer has vanished.
+ * - `EHOSTUNREACH`: The peer has vanished, as the network tells.
  * - `ECONNRESET`: The peer has reset the connection, or `sendAll` has found it broken.
  * - `EPIPE`: As `ECONNRESET`, but after the peer had ended its stream. Or this process has called
  *   `shutdown`, and then `sendAll`.
@@ -502,8 +502,8 @@ export class Connection {
     if (this.#hasShutDown) throw new SocketError("EPIPE");
     const taken = this.#socket.write(bytes, start, count);
     if (taken < 0) {
-      // The connection is broken. If Bun has not told the reason yet, it is most likely a reset.
-      // For that, the kernel has two codes: one if the peer had ended its stream before, one if not.
+      // The connection is broken. If Bun has not told the reason yet, it is most likely a reset. The
+      // kernel has two codes for that: one if the peer had ended its stream before, one if not.
       this.#fail(this.#peerHasEnded ? "EPIPE" : "ECONNRESET");
       throw new SocketError(this.#failure);
     }
