@@ -175,7 +175,7 @@ describe("recv", () => {
     peer.write("ab");
     expect(String(await sock.recv(1))).toBe("a");
     peer.write("cd");
-    await eventLoopTurn(); // Bun has read that, and now no more, as nobody asks for it.
+    await eventLoopTurn(); // Bun has read that, and no more, as nobody asks for it.
     peer.write("ef");
     peer.resetAndDestroy();
     // A write meets the reset at once. Bun hears of it when the event loop turns.
@@ -1871,8 +1871,9 @@ async function failure(promise: Promise<unknown>): Promise<unknown> {
   throw new Error("nothing was rejected");
 }
 
-/** Resolves when the event loop has gone round: Bun has heard of what its sockets had to tell. */
+/** Resolves when Bun has looked at all sockets. It does so between two immediates. */
 async function eventLoopTurn(): Promise<void> {
+  await new Promise((resolve) => setImmediate(resolve));
   await new Promise((resolve) => setImmediate(resolve));
 }
 
@@ -2632,8 +2633,9 @@ class RealConnection {
     this.caller.connection.close();
   }
 
-  /** Bun needs a turn to hear of what has happened, a 64th call needs one, and one is to spare. */
+  /** Bun needs a turn to hear of what has happened, and a 64th call needs another one. */
   async turn(): Promise<void> {
-    for (let i = 0; i < 3; i += 1) await eventLoopTurn();
+    await eventLoopTurn();
+    await eventLoopTurn();
   }
 }

@@ -502,8 +502,8 @@ export class Connection {
     if (this.#hasShutDown) throw new SocketError("EPIPE");
     const taken = this.#socket.write(bytes, start, count);
     if (taken < 0) {
-      // The connection is broken. If Bun has not told the reason yet, it is most likely a reset. The
-      // kernel has two codes for that: one if the peer had ended its stream before, one if not.
+      // The connection is broken. If Bun has not told the reason yet, it is most likely a reset.
+      // The kernel has two codes for that: one if the peer had ended before, one if it had not.
       this.#fail(this.#peerHasEnded ? "EPIPE" : "ECONNRESET");
       throw new SocketError(this.#failure);
     }
