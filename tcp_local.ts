@@ -10,8 +10,7 @@
  * in many, and many pieces may arrive in one. In Python, a loop around the blocking `recv` puts a
  * message back together. Bun has no `recv`. It hands each piece to a `data` handler as it arrives.
  *
- * The file has two parts: the program, with Python's loop, and below it the socket that the loop
- * needs, a `Connection` whose `recv` can be awaited.
+ * So below the program is the socket that its loop needs, a `Connection` with a `recv` to await.
  */
 import type { Socket, SocketHandler, TCPSocketListener } from "bun";
 
@@ -71,9 +70,7 @@ export class EOFError extends Error {
 /**
  * Answers every client that connects to `host`, and prints what the Python program prints. The
  * variables are named as in that program. A client that is silent for `timeout` seconds is
- * disconnected.
- *
- * Resolves to Bun's listener, which accepts clients until it is stopped.
+ * disconnected. Resolves to Bun's listener.
  */
 export async function server(
   host: string,
@@ -81,7 +78,7 @@ export async function server(
   timeout: number = 60,
 ): Promise<TCPSocketListener<Connection>> {
   const listener = await listen(host, port, serve, timeout); // calls `serve` when a client connects
-  const address = new Address(listener.hostname, listener.port); // prints as ('127.0.0.1', 1060)
+  const address = new Address(listener.hostname, listener.port);
   console.log(`Listening at ${address}`);
 
   async function serve(sc: Connection): Promise<void> {
@@ -118,7 +115,7 @@ export async function main(args: string[]): Promise<number> {
   try {
     if (mode === "server" && args.length <= 2) {
       await server(host);
-      await new Promise(() => {}); // never ends: a server runs until a signal stops the process
+      await new Promise(() => {}); // A server runs until a signal.
     } else if (mode === "client" && args.length <= 2) {
       await client(host);
     } else {
@@ -165,8 +162,7 @@ export class SocketError extends Error {
 
 /**
  * Returns the error to throw because of `cause`: a `SocketError` that says what could not be done,
- * and why. If `cause` complains of a wrong argument, that is a mistake of our caller, and `cause`
- * itself is returned.
+ * and why, or `cause` itself if it complains of a wrong argument, a mistake of our caller.
  */
 function failureOf(summary: string, cause: unknown): unknown {
   if (cause instanceof TypeError || cause instanceof RangeError) return cause;
@@ -255,21 +251,17 @@ class Condition {
 }
 
 /**
- * A `recv` whose bytes are there already, or a `sendAll` that finds room, does not wait. A loop of
- * such calls would let no other socket have a turn. So every 64th call lets the event loop go round
- * once.
+ * A `recv` whose bytes are there, or a `sendAll` that finds room, does not wait. A loop of such
+ * calls would leave no turn to other sockets. So every 64th call lets the event loop go round.
  */
 const CALLS_PER_TURN = 64;
 let calls = 0; // of all connections together
 
 function eventLoopTurn(): Promise<void> {
-  return new Promise((resolve) => {
-    setImmediate(resolve);
-  });
+  return new Promise((resolve) => setImmediate(resolve));
 }
 
-/** In seconds: how long a closed connection discards what arrives, at most. See `close`. */
-const LINGER_TIME = 4;
+const LINGER_TIME = 4; // in seconds: see `close`
 
 /**
  * A TCP connection with the methods of a blocking socket. Await `recv` and `sendAll`, which block
@@ -295,8 +287,8 @@ export class Connection {
    * In seconds: how long a `recv` waits for bytes, and a `sendAll` for room for the next byte,
    * before it rejects with `ETIMEDOUT`. `Infinity` is no timeout, like Python's `None`.
    *
-   * It may be changed, which counts for the calls after that. If it is not a number above 0, they
-   * reject with a `RangeError`.
+   * It may be changed for later calls. If it is not a number above 0, they reject with a
+   * `RangeError`.
    */
   timeout: number;
 
@@ -311,7 +303,7 @@ export class Connection {
   #hasShutDown = false;
   /** Whether `close` was called. */
   #hasClosed = false;
-  /** Whether the end of the stream has arrived, so that nothing more can be received. */
+  /** Whether the end of the stream has arrived. */
   #peerHasEnded = false;
   /** The code of the first error. It is empty while there is none. */
   #failure = "";
@@ -323,10 +315,7 @@ export class Connection {
   readonly #room = new Condition();
   #lingerTimer: ReturnType<typeof setTimeout> | undefined;
 
-  /**
-   * What Bun calls when something happens to a socket. A socket of Bun has a field `data`, which is
-   * free for the use of programs. Here it holds the connection.
-   */
+  /** Called by Bun. They find the connection in `data`, a field that Bun leaves to programs. */
   static readonly handlers: SocketHandler<Connection> = {
     data: (socket, bytes) => socket.data.#onData(bytes),
     end: (socket) => socket.data.#onEnd(),
@@ -341,16 +330,15 @@ export class Connection {
     // If the peer has reset the connection already, Bun has no addresses.
     this.sockname = new Address(socket.localAddress ?? "0.0.0.0", socket.localPort ?? 0);
     this.peername = new Address(socket.remoteAddress ?? "0.0.0.0", socket.remotePort ?? 0);
-    // After so many milliseconds of silence, the kernel asks the peer whether it is still there.
-    socket.setKeepAlive(true, 60_000);
+    socket.setKeepAlive(true, 60_000); // in milliseconds: so that a vanished peer is noticed
   }
 
   #onData(bytes: Buffer): void {
     if (this.#hasClosed) return;
     const hasUnread = this.#unread.length > 0;
     this.#unread = hasUnread ? Buffer.concat([this.#unread, bytes]) : bytes;
-    // If no `recv` waits, Bun is to read no more until a `recv` resumes the socket. What the peer
-    // sends meanwhile fills the kernel's buffer, and then the peer has to wait.
+    // If no `recv` waits, Bun is to read no more until one resumes the socket. What the peer sends
+    // meanwhile fills the kernel's buffer, and then the peer has to wait.
     if (!this.#arrival.isAwaited) this.#socket.pause();
     this.#arrival.notify();
   }
@@ -380,7 +368,7 @@ export class Connection {
   }
 
   #fail(code: string): void {
-    // Only the first error says what has happened. The others follow from it.
+    // Only the first error says what has happened.
     if (!this.#failure) this.#failure = code;
   }
 
@@ -419,9 +407,8 @@ export class Connection {
       if (calls % CALLS_PER_TURN === 0) await eventLoopTurn();
       return bytes;
     } finally {
-      // The caller of this `recv` goes on in a later microtask. Until then, no other `recv` may
-      // slip in and take the next bytes of the caller's message. So the flag is cleared in a
-      // microtask, too, which is queued right before the caller's.
+      // Our caller goes on in a later microtask. Until then, no other `recv` may slip in and take
+      // the rest of its message. So the flag is cleared in a microtask queued right before that.
       queueMicrotask(() => {
         this.#isReceiving = false;
       });
@@ -432,11 +419,10 @@ export class Connection {
     const bytes = this.#unread;
     if (bytes.length > maxLength) {
       this.#unread = bytes.subarray(maxLength);
-      return Buffer.from(bytes.subarray(0, maxLength)); // a copy, which shares no memory with it
+      return Buffer.from(bytes.subarray(0, maxLength)); // a copy
     }
     this.#unread = Buffer.alloc(0);
-    // The last part of a larger piece is copied, too. Otherwise it would keep all of the memory of
-    // the piece, its `buffer`, alive.
+    // The last part of a larger piece is copied, too. It would keep all of the piece's memory.
     const isWholePiece = bytes.length === bytes.buffer.byteLength;
     return isWholePiece ? bytes : Buffer.from(bytes);
   }
@@ -456,8 +442,8 @@ export class Connection {
     const timeout = this.timeout;
     checkTimeout(timeout);
     const bytes = bytesOf(data);
-    // If a buffer is transferred to a worker while this call waits, its length becomes 0, and it
-    // would seem that all was sent. With the length from before, `write` throws an error instead.
+    // If a buffer is transferred to a worker while this call waits, its length becomes 0, as if
+    // all were sent. With the length from before, `write` throws an error instead.
     const length = bytes.length;
     try {
       // Calls that wait for the same `#sending` wake in their order. The first one sends. If it has
@@ -473,8 +459,8 @@ export class Connection {
         }
       }
     } catch (error) {
-      // When a call fails, those that wait for it are given the same error. Each throws one of its
-      // own, whose stack leads to its own caller.
+      // Calls that wait for one that fails are given its error. Each throws one of its own, whose
+      // stack leads to its caller.
       if (error instanceof SocketError) throw new SocketError(error.code);
       throw error;
     }
@@ -505,8 +491,8 @@ export class Connection {
     if (this.#hasShutDown) throw new SocketError("EPIPE");
     const taken = this.#socket.write(bytes, start, count);
     if (taken < 0) {
-      // The connection is broken. If Bun has not told the reason yet, it is most likely a reset.
-      // The kernel has two codes for that: one if the peer had ended before, one if it had not.
+      // The connection is broken: reset, if Bun has not told another reason. The kernel has two
+      // codes for that: one if the peer had ended before, one if it had not.
       this.#fail(this.#peerHasEnded ? "EPIPE" : "ECONNRESET");
       throw new SocketError(this.#failure);
     }
@@ -529,10 +515,9 @@ export class Connection {
    * Closes the connection. The peer receives all that was sent. Bytes not yet received are lost,
    * and pending calls reject with `EBADF`. A second `close` does nothing.
    *
-   * If a socket is closed while its peer goes on sending, the kernel resets the connection, and
-   * what is still on its way to the peer is lost. So this ends the sending direction, and discards
-   * what arrives until the peer closes too, for 4 seconds at most. Until then, the process stays
-   * alive.
+   * If a socket is closed while its peer still sends, the kernel resets the connection, and what
+   * is on its way to the peer is lost. So this ends the sending direction, and discards what
+   * arrives until the peer closes too, for 4 seconds at most. The process stays alive until then.
    */
   close(): void {
     if (this.#hasClosed) return;
@@ -568,9 +553,8 @@ function bytesOf(data: string | NodeJS.ArrayBufferView | ArrayBufferLike): Uint8
  *
  * Rejects with a `SocketError` if `host` cannot be resolved, if none of its addresses accepts, or
  * if the time is up. Bun cannot stop an attempt: the process may live on until the kernel gives up.
- * If it still succeeds, the connection is closed.
- *
- * Rejects with a `RangeError` or a `TypeError` if the timeout or the port is not valid.
+ * If it still succeeds, the connection is closed. An argument that is not valid is a `RangeError`
+ * or a `TypeError`.
  */
 export async function connect(
   host: string,
@@ -629,11 +613,10 @@ async function dial(
  * waiting for the others. Each connection has the `timeout`, in seconds (by default none), and is
  * closed when its `serve` is done.
  *
- * If `serve` rejects, standard error gets the client's address and the message. If it rejects with
- * anything but a `SocketError` or an `EOFError`, that is a bug, and its stack is printed too.
+ * If `serve` rejects, standard error gets the client's address and the message, and for anything
+ * but a `SocketError` or an `EOFError`, which is a bug, the stack, too.
  *
- * Resolves to Bun's listener. Port 0 picks a free port. Rejects with a `SocketError` if it cannot
- * listen there, and with a `RangeError` or a `TypeError` if the timeout or the port is not valid.
+ * Resolves to Bun's listener. Port 0 picks a free port. Rejects as `connect` does.
  */
 export async function listen(
   host: string,
@@ -672,8 +655,8 @@ function bind(
   socket: SocketHandler<Connection>,
 ): TCPSocketListener<Connection> {
   try {
-    // Bun sets SO_REUSEADDR, as the Python program does. On Windows, that alone would let a second
-    // server take the port. `exclusive` prevents it.
+    // Bun sets SO_REUSEADDR, which on Windows lets a second server take the port. `exclusive`
+    // prevents that.
     return Bun.listen({ hostname, port, exclusive: true, allowHalfOpen: true, socket });
   } catch (error) {
     throw failureOf(`cannot listen at ${new Address(hostname, port)}`, error);
@@ -694,14 +677,12 @@ async function lookUp(host: string): Promise<[string, ...string[]]> {
   const addresses = found.map((entry) => entry.address);
   const first = addresses[0];
   if (first === undefined) throw failureOf(summary, new SocketError("DNS_ENOTFOUND"));
-  return [first, ...addresses.slice(1)]; // in this form, so that the type says "at least one"
+  return [first, ...addresses.slice(1)]; // so that the type says: at least one
 }
 
 /**
- * Whether `host` is four numbers from 0 to 255, in decimal. That needs no look-up. (Look-ups share
- * a few threads, which may all be waiting for a name server that does not answer.)
- *
- * `node:net` has an `isIPv4`, but takes 6 ms to load, half the time that a client takes.
+ * Whether `host` is four decimal numbers from 0 to 255, which needs no look-up. (`node:net` has an
+ * `isIPv4`, but takes 6 ms to load.)
  */
 function isIPv4(host: string): boolean {
   const parts = host.split(".");
