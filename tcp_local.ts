@@ -173,11 +173,12 @@ function failureOf(summary: string, cause: unknown): unknown {
 }
 
 /**
- * Gives `blank` the code and the words of `error`, and returns it.
+ * Gives `blank` the code and the words of `error`, and returns `blank`. (An error of another class
+ * is returned as it is.)
  *
- * An error that is made after an `await` does not show the line of the caller if the caller is the
- * top level of a module, as is often so for `connect` and `listen`. So they make a blank error
- * first, which shows it. If they fail later, they fill it in.
+ * The stack of an error that is made after an `await` lacks the line that called `connect` or
+ * `listen`, if that is at the top level of a module. So they make a blank error first, and fill it
+ * in if they fail.
  */
 function fillIn(blank: SocketError, error: unknown): unknown {
   if (!(error instanceof SocketError)) return error;
@@ -274,8 +275,8 @@ const LINGER_TIME = 4; // in seconds: see `close`
  * - `ECONNRESET`: The peer has reset the connection, or `sendAll` has found it broken.
  * - `EPIPE`: As `ECONNRESET`, but after the peer had ended its stream. Or this process has called
  *   `shutdown`, and then `sendAll`.
- * - `ECONNABORTED`: This process has called `stop(true)` of Bun's listener, which breaks the
- *   connection. (After a `shutdown`, that looks like the end of the stream.)
+ * - `ECONNABORTED`: This process has called `stop(true)` of Bun's listener. (If it had called
+ *   `shutdown` before, `recv` takes that for the end of the stream.)
  * - `EBADF`: This process has called `close`.
  *
  * An open connection keeps the process alive, so declare it with `using`, which closes it.
@@ -315,7 +316,7 @@ export class Connection {
   readonly #room = new Condition();
   #lingerTimer: ReturnType<typeof setTimeout> | undefined;
 
-  /** Called by Bun. They find the connection in `data`, a field that Bun leaves to programs. */
+  /** Called by Bun. They find the connection in `socket.data`, which Bun leaves to programs. */
   static readonly handlers: SocketHandler<Connection> = {
     data: (socket, bytes) => socket.data.#onData(bytes),
     end: (socket) => socket.data.#onEnd(),
@@ -408,7 +409,7 @@ export class Connection {
       return bytes;
     } finally {
       // Our caller goes on in a later microtask. Until then, no other `recv` may slip in and take
-      // the rest of its message. So the flag is cleared in a microtask queued right before that.
+      // the rest of its message. So the flag is cleared in the microtask directly before that.
       queueMicrotask(() => {
         this.#isReceiving = false;
       });
@@ -459,7 +460,7 @@ export class Connection {
         }
       }
     } catch (error) {
-      // Calls that wait for one that fails are given its error. Each throws one of its own, whose
+      // Calls that wait for one that fails are given its error. Each throws a new error, whose
       // stack leads to its caller.
       if (error instanceof SocketError) throw new SocketError(error.code);
       throw error;
@@ -613,8 +614,8 @@ async function dial(
  * waiting for the others. Each connection has the `timeout`, in seconds (by default none), and is
  * closed when its `serve` is done.
  *
- * If `serve` rejects, standard error gets the client's address and the message, and for anything
- * but a `SocketError` or an `EOFError`, which is a bug, the stack, too.
+ * If `serve` rejects, standard error gets the client's address and the message. Anything but a
+ * `SocketError` or an `EOFError` is a bug: then it gets the stack, too.
  *
  * Resolves to Bun's listener. Port 0 picks a free port. Rejects as `connect` does.
  */
@@ -626,7 +627,7 @@ export async function listen(
 ): Promise<TCPSocketListener<Connection>> {
   async function open(socket: Socket<Connection>): Promise<void> {
     using connection = new Connection(socket, timeout); // closed when `serve` is done
-    socket.data = connection; // where the handlers find it
+    socket.data = connection;
     try {
       await serve(connection);
     } catch (error) {
