@@ -856,9 +856,12 @@ describe("connect", () => {
   test("tries the addresses of a name in turn", async () => {
     const { port, accepted } = await listening();
     using _lookup = lookupFinds(["127.0.0.2", "127.0.0.1"]); // Nobody listens at the first.
+    using dialled = spyOn(Bun, "connect");
     using sock = await connect("name.invalid", port);
     await accepted;
     expect(sock.peername.host).toBe("127.0.0.1");
+    const hosts = dialled.mock.calls.map(([options]) => "hostname" in options && options.hostname);
+    expect(hosts).toEqual(["127.0.0.2", "127.0.0.1"]);
   });
 
   test("looks a name up as Python does: through the system, over IPv4", async () => {
@@ -1135,6 +1138,13 @@ describe("listen", () => {
     const { status, err } = await run(["-e", script]);
     expect(status).toBe(1);
     expect(err).toMatch(/at listen .*\n +at .*\[eval\]:3:/);
+  });
+
+  test("does not look up what is an address already", async () => {
+    using lookup = lookupFinds([]);
+    const listener = await listen("127.0.0.1", 0, () => {});
+    cleanups.push(() => listener.stop(true));
+    expect(lookup).not.toHaveBeenCalled();
   });
 
   test("listens at the first address of a name", async () => {
