@@ -2496,10 +2496,10 @@ class BlockingSocket extends Network {
   }
 }
 
-/** Notes the outcome of each call of a connection, in the words of the model. */
+/** Calls a connection, and notes the outcome of each call in the words of the model. */
 class Caller {
-  readonly connection: Connection;
-  private readonly outcomes: string[];
+  readonly outcomes: string[];
+  private readonly connection: Connection;
 
   constructor(connection: Connection, outcomes: string[]) {
     this.connection = connection;
@@ -2514,6 +2514,14 @@ class Caller {
   sendAll(): void {
     const showSent = () => "sent";
     this.note("sendAll", this.connection.sendAll(SENDING).then(showSent));
+  }
+
+  shutdown(): void {
+    this.connection.shutdown();
+  }
+
+  close(): void {
+    this.connection.close();
   }
 
   private note(name: string, result: Promise<string>): void {
@@ -2561,11 +2569,11 @@ class PlayedConnection extends Network {
   }
 
   shutdown(): void {
-    this.caller.connection.shutdown();
+    this.caller.shutdown();
   }
 
   close(): void {
-    this.caller.connection.close();
+    this.caller.close();
   }
 
   /** Bun looks at its sockets, then at its timers, then at what waits for the turn to be over. */
@@ -2674,14 +2682,12 @@ class PlayedConnection extends Network {
 type Received = { text: string };
 
 /** A `Connection` over a real socket, and its peer, a socket of Bun, which does all at once. */
-class RealConnection {
-  readonly outcomes: string[] = [];
+class RealConnection extends Caller {
   private countArrived = 0;
-  private readonly caller: Caller;
   private readonly peer: Socket<Received>;
 
   constructor(connection: Connection, peer: Socket<Received>) {
-    this.caller = new Caller(connection, this.outcomes);
+    super(connection, []);
     this.peer = peer;
   }
 
@@ -2709,7 +2715,7 @@ class RealConnection {
   }
 
   end(): void {
-    this.caller.connection.close();
+    this.close();
     this.peer.terminate();
   }
 
@@ -2728,22 +2734,6 @@ class RealConnection {
 
   peerResets(): void {
     this.peer.terminate();
-  }
-
-  recv(): void {
-    this.caller.recv();
-  }
-
-  sendAll(): void {
-    this.caller.sendAll();
-  }
-
-  shutdown(): void {
-    this.caller.connection.shutdown();
-  }
-
-  close(): void {
-    this.caller.connection.close();
   }
 
   /** Bun needs a turn to hear of what has happened, and a 64th call needs another one. */

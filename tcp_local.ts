@@ -617,7 +617,8 @@ async function dial(
  * If `serve` rejects, standard error gets the client's address and the message. Anything but a
  * `SocketError` or an `EOFError` is a bug: then it gets the stack, too.
  *
- * Resolves to Bun's listener. Port 0 picks a free port. Rejects as `connect` does.
+ * Resolves to Bun's listener. Port 0 picks a free port. Rejects with a `SocketError` if it cannot
+ * listen there, and for a wrong argument as `connect` does.
  */
 export async function listen(
   host: string,
