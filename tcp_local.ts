@@ -1,16 +1,18 @@
 #!/usr/bin/env bun
 /**
- * For Bun: the TCP server and client of "Foundations of Python Network Programming" (second
- * edition, Python 2), which exchange messages of sixteen bytes.
+ * The TCP server and client from "Foundations of Python Network Programming" (second edition,
+ * Python 2), ported to Bun. They exchange sixteen-byte messages.
  *
  *     bun tcp_local.ts server
  *     bun tcp_local.ts client 127.0.0.1
  *
- * TCP carries a stream of bytes and knows nothing of messages: what is sent in one piece may arrive
- * in many, and many pieces may arrive in one. In Python, a loop around the blocking `recv` puts a
- * message back together. Bun has no `recv`. It hands each piece to a `data` handler as it arrives.
+ * TCP carries a stream of bytes and knows nothing about messages: what is sent in one piece may
+ * arrive in several, and several pieces may arrive as one. In Python, a loop around the blocking
+ * `recv` puts a message back together. Bun has no `recv`: it hands each piece to a `data` handler
+ * as it arrives.
  *
- * So below the program is the socket that its loop needs, a `Connection` with a `recv` to await.
+ * The second half of this file therefore provides the socket that such a loop needs: a
+ * `Connection`, whose `recv` can be awaited.
  */
 import type { Socket, SocketHandler, TCPSocketListener } from "bun";
 
@@ -18,46 +20,51 @@ import type { Socket, SocketHandler, TCPSocketListener } from "bun";
 export const PORT = 1060;
 
 /**
- * Receives exactly `length` bytes and resolves to them in a new buffer. `sock` is anything with a
- * `recv` that resolves to 1 to `maxLength` bytes, or to an empty array at the end of the stream.
+ * Receives exactly `length` bytes, and resolves to them in a new buffer. `sock` is anything with a
+ * `recv` that resolves to between 1 and `maxLength` bytes, or to an empty array at the end of the
+ * stream.
  *
- * It never asks `recv` for more bytes than are missing, so what follows the message is left for
- * the next `recv`. A `length` of 0 reads nothing. A timeout of `sock` limits each `recv`, not the
- * whole message.
+ * `recv` is never asked for more bytes than are missing, so whatever follows the message is left
+ * for the next call. A `length` of 0 reads nothing. If `sock` has a timeout, it applies to each
+ * `recv`, not to the whole message.
  *
- * Rejects with an `EOFError` if the stream ends first, and with the error of `recv` if that
- * rejects. After an error of `recv`, even a timeout, the part of the message that was received
- * before is lost, so close the connection.
- *
- * Rejects with a `RangeError`, and reads nothing, if `length` is not 0 or a positive integer.
+ * Rejects with an `EOFError` if the stream ends first, and with `recv`'s own error if `recv`
+ * rejects. The part of the message that had arrived is then no longer in the socket, so close the
+ * connection after any such error, even a timeout. Rejects with a `RangeError` if `length` is not a
+ * non-negative integer.
  */
 export async function recvAll(
-  sock: { recv(maxLength: number): Promise<Uint8Array> },
+  sock: {
+    recv(maxLength: number): Promise<Uint8Array>;
+    tryRecvAll?(length: number): Buffer | undefined;
+  },
   length: number,
 ): Promise<Buffer> {
   if (!Number.isInteger(length) || length < 0) {
-    throw new RangeError(`recvAll takes 0 or a positive integer, not ${length}`);
+    throw new RangeError(`length must be a non-negative integer, not ${length}`);
   }
+  // Only for speed: if the whole message has arrived, a `Connection` hands it over in one step.
+  const whole = sock.tryRecvAll?.(length);
+  if (whole !== undefined) return whole;
   const data = Buffer.alloc(length);
   let received = 0;
   while (received < length) {
-    const more = await sock.recv(length - received);
-    // In JavaScript, `recv` could resolve to a string, which `data.set` would not refuse.
-    if (!(more instanceof Uint8Array)) throw new TypeError("recv must resolve to bytes");
-    if (more.length === 0) throw new EOFError(data.subarray(0, received), length);
-    data.set(more, received);
-    received += more.length;
+    const chunk = await sock.recv(length - received);
+    // An untyped `recv` could resolve to a string, which `data.set` would accept.
+    if (!(chunk instanceof Uint8Array)) throw new TypeError("recv must resolve to bytes");
+    if (chunk.length === 0) throw new EOFError(data.subarray(0, received), length);
+    data.set(chunk, received);
+    received += chunk.length;
   }
   return data;
 }
 
-/**
- * The stream ended before the message did: of the `expected` bytes, only `partial` arrived. It is
- * empty if none arrived.
- */
+/** The stream ended before the message did. */
 export class EOFError extends Error {
   override readonly name = "EOFError";
+  /** The part of the message that arrived. It is empty if the stream ended between messages. */
   readonly partial: Buffer;
+  /** The length of the whole message, in bytes. */
   readonly expected: number;
 
   constructor(partial: Buffer, expected: number) {
@@ -68,16 +75,16 @@ export class EOFError extends Error {
 }
 
 /**
- * Answers every client that connects to `host`, and prints what the Python program prints. The
- * variables are named as in that program. A client that is silent for `timeout` seconds is
- * disconnected. Resolves to Bun's listener.
+ * Answers every client that connects to `host`, and prints what the Python program prints. Variable
+ * names follow that program. A client that stays silent for `timeout` seconds is disconnected.
+ * Resolves to Bun's listener.
  */
 export async function server(
   host: string,
   port: number = PORT,
   timeout: number = 60,
 ): Promise<TCPSocketListener<Connection>> {
-  const listener = await listen(host, port, serve, timeout); // calls `serve` when a client connects
+  const listener = await listen(host, port, serve, timeout); // `serve` is called for each client.
   const address = new Address(listener.hostname, listener.port);
   console.log(`Listening at ${address}`);
 
@@ -101,21 +108,21 @@ export async function client(
   port: number = PORT,
   timeout: number = 60,
 ): Promise<void> {
-  using s = await connect(host, port, timeout); // Like Python's `with`: closed at the end.
+  using s = await connect(host, port, timeout); // Like Python's `with`: closes it at the end.
   console.log(`Client has been assigned socket name ${s.sockname}`);
   await s.sendAll("Hi there, server");
   const reply = await recvAll(s, 16);
   console.log(`The server said ${repr(reply)}`);
 }
 
-/** Runs the mode that the command line gives, and resolves to the exit status. */
+/** Runs the mode named on the command line, and resolves to the exit status. */
 export async function main(args: string[]): Promise<number> {
   const mode = args[0];
   const host = args[1] ?? "127.0.0.1";
   try {
     if (mode === "server" && args.length <= 2) {
       await server(host);
-      await new Promise(() => {}); // A server runs until a signal.
+      await new Promise(() => {}); // The server runs until a signal ends it.
     } else if (mode === "client" && args.length <= 2) {
       await client(host);
     } else {
@@ -132,7 +139,7 @@ export async function main(args: string[]): Promise<number> {
 
 // ---- The socket with a `recv`, which Python has built in and Bun lacks ------------------------
 
-/** Error codes in words. Those with `DNS_` are names of Bun, the others of the system. */
+/** What the error codes mean. `DNS_` codes are Bun's; the rest are the system's. */
 const REASONS: Record<string, string> = {
   DNS_EAI_AGAIN: "temporary failure in name resolution",
   DNS_EBADFAMILY: "address family for hostname not supported",
@@ -149,7 +156,23 @@ const REASONS: Record<string, string> = {
   ETIMEDOUT: "timed out",
 };
 
-/** A socket call failed. `code` says why, such as `ECONNRESET`. It is empty if Bun gives none. */
+/**
+ * A socket call failed, and `code` says why:
+ *
+ * - `ETIMEDOUT`: The timeout expired.
+ * - `ECONNREFUSED`: Nothing listens at that address, or there is no route to it.
+ * - `ECONNRESET`: The peer reset the connection.
+ * - `EPIPE`: This side has called `shutdown`, or an earlier `sendAll` failed partway. Or the peer
+ *   ended its stream and then reset the connection.
+ * - `EHOSTUNREACH`: The peer, or the network to it, has vanished.
+ * - `EBADF`: This side has called `close` or `abort`.
+ * - `ECONNABORTED`: The connection was cut off on this side, by `stop(true)` on Bun's listener or
+ *   by the system (`ss -K` does that). After `shutdown`, Bun reports this like the end of the
+ *   peer's stream, and `recv` resolves to an empty buffer.
+ *
+ * Other codes, such as `EADDRINUSE`, come from the system or from Bun. If Bun reports an error
+ * without a code, `code` is empty.
+ */
 export class SocketError extends Error {
   override readonly name = "SocketError";
   readonly code: string;
@@ -161,10 +184,11 @@ export class SocketError extends Error {
 }
 
 /**
- * Returns the error to throw because of `cause`: a `SocketError` that says what could not be done,
- * and why, or `cause` itself if it complains of a wrong argument, a mistake of our caller.
+ * The error to throw when Bun throws `cause`: a `SocketError` that says what could not be done, and
+ * why. If Bun complains about an invalid argument, the caller has made a mistake, and Bun's own
+ * error is thrown.
  */
-function failureOf(summary: string, cause: unknown): unknown {
+function toSocketError(summary: string, cause: unknown): unknown {
   if (cause instanceof TypeError || cause instanceof RangeError) return cause;
   const error = cause as NodeJS.ErrnoException;
   const code = error.code ?? "";
@@ -173,19 +197,19 @@ function failureOf(summary: string, cause: unknown): unknown {
 }
 
 /**
- * Gives `blank` the code and the words of `error`, and returns `blank`. (An error of another class
- * is returned as it is.)
+ * Turns `blank` into a copy of `error`. An error of another class is returned as it is.
  *
- * The stack of an error that is made after an `await` lacks the line that called `connect` or
- * `listen`, if that is at the top level of a module. So they make a blank error first, and fill it
- * in if they fail.
+ * If a function is called at the top level of a module, an error that it creates after an `await`
+ * does not have the caller in its stack. `connect` and `listen` therefore create a blank error at
+ * once, and fill it in when they fail, which makes an uncaught error point to the line that called
+ * them.
  */
 function fillIn(blank: SocketError, error: unknown): unknown {
   if (!(error instanceof SocketError)) return error;
   return Object.assign(blank, { code: error.code, message: error.message, cause: error.cause });
 }
 
-/** The address of one end of a connection. In a template, it is the tuple that Python prints. */
+/** The address of one end of a connection. Prints like a Python tuple. */
 class Address {
   readonly host: string;
   readonly port: number;
@@ -200,21 +224,25 @@ class Address {
   }
 }
 
-/** In seconds, the longest time that `setTimeout` can count. A longer one is treated as none. */
-const LONGEST_TIMEOUT = 2_147_483;
+function checkHost(host: string): void {
+  if (typeof host !== "string") throw new TypeError(`host must be a string, not ${host}`);
+}
 
 function checkTimeout(timeout: number): void {
   const isPositive = typeof timeout === "number" && timeout > 0; // false for NaN, too
   if (!isPositive) {
-    throw new RangeError(`a timeout is a number of seconds above 0, not ${timeout}`);
+    throw new RangeError(`timeout must be a number of seconds above 0, not ${timeout}`);
   }
 }
 
+/** The longest delay that `setTimeout` supports, in seconds. A longer timeout never expires. */
+const LONGEST_TIMEOUT = 2_147_483;
+
 /**
- * Where a call waits until a handler says that something has changed: Python's
- * `threading.Condition` without the lock, for one waiter.
+ * Where a call waits until a handler reports a change: Python's `threading.Condition`, without the
+ * lock and for a single waiter.
  *
- * A notify does nothing while nobody waits. So look at the state before waiting, and again after.
+ * `notify` does nothing while nobody waits, so check the state before waiting, and again after.
  */
 class Condition {
   #resolve: ((isNotified: boolean) => void) | undefined;
@@ -239,8 +267,8 @@ class Condition {
   }
 
   #onTimer(): void {
-    // If the process was busy, what arrived in time may not have been read yet. A timer of 0 fires
-    // after Bun has looked at its sockets once more. Until then, `notify` may still end the wait.
+    // If the process was busy, the timer may fire before Bun has read bytes that arrived in time.
+    // One more round of the event loop gives `notify` the chance to come first.
     this.#timer = setTimeout(() => this.#endWait(false), 0);
   }
 
@@ -251,72 +279,154 @@ class Condition {
   }
 }
 
+/** The bytes that have arrived and that `recv` has not returned yet. */
+class ReceiveBuffer {
+  #bytes: Buffer = Buffer.alloc(0);
+  /** How many of `#bytes` have been taken. */
+  #taken = 0;
+
+  get length(): number {
+    return this.#bytes.length - this.#taken;
+  }
+
+  /** Adds bytes at the end. An empty buffer keeps them without a copy. */
+  add(bytes: Buffer): void {
+    const isEmpty = this.length === 0;
+    this.#bytes = isEmpty ? bytes : Buffer.concat([this.#bytes.subarray(this.#taken), bytes]);
+    this.#taken = 0;
+  }
+
+  /** The length up to and including the first `delimiter`, or 0 if `maxLength` bytes have none. */
+  lengthThrough(delimiter: Uint8Array, maxLength: number): number {
+    const first = this.#bytes.subarray(this.#taken, this.#taken + maxLength);
+    const index = first.indexOf(delimiter);
+    return index < 0 ? 0 : index + delimiter.length;
+  }
+
+  /** Takes the first bytes, at most `maxLength`, as a buffer that shares no memory. */
+  take(maxLength: number): Buffer {
+    const bytes = this.#bytes;
+    const start = this.#taken;
+    const end = Math.min(start + maxLength, bytes.length);
+    this.#taken = end;
+    if (end === bytes.length) this.clear();
+    const isWholePiece = start === 0 && end === bytes.length;
+    return isWholePiece ? bytes : Buffer.copyBytesFrom(bytes, start, end - start);
+  }
+
+  /** Gives memory back if less than half of it is still needed. */
+  compact(): void {
+    if (this.#taken <= this.length) return;
+    this.#bytes = Buffer.copyBytesFrom(this.#bytes, this.#taken);
+    this.#taken = 0;
+  }
+
+  clear(): void {
+    this.#bytes = Buffer.alloc(0);
+    this.#taken = 0;
+  }
+}
+
 /**
- * A `recv` whose bytes are there, or a `sendAll` that finds room, does not wait. A loop of such
- * calls would leave no turn to other sockets. So every 64th call lets the event loop go round.
+ * Lets in one caller at a time, in the order in which they came: Python's `asyncio.Lock`, but one
+ * that is acquired without waiting where it can be.
+ */
+class Lock {
+  #isHeld = false;
+  readonly #queue: (() => void)[] = [];
+
+  get isAwaited(): boolean {
+    return this.#queue.length > 0;
+  }
+
+  /** Acquires the lock if nobody holds it. Returns whether it did. */
+  tryAcquire(): boolean {
+    const isFree = !this.#isHeld;
+    this.#isHeld = true;
+    return isFree;
+  }
+
+  /** Resolves when those who came before have released it. Call it only while somebody holds it. */
+  acquire(): Promise<void> {
+    return new Promise((resolve) => this.#queue.push(resolve));
+  }
+
+  release(): void {
+    // It stays held for the next in the queue, so that nobody overtakes them.
+    const next = this.#queue.shift();
+    if (next) next();
+    else this.#isHeld = false;
+  }
+}
+
+/**
+ * A call that does not have to wait returns without going back to the event loop. A loop of such
+ * calls would starve every other connection, so every 64th call yields to the event loop.
  */
 const CALLS_PER_TURN = 64;
-let calls = 0; // of all connections together
+let callsLeft = CALLS_PER_TURN; // on all connections together
+
+/** Counts a call, and says whether it has to yield. */
+function isTurnDue(): boolean {
+  callsLeft -= 1;
+  if (callsLeft > 0) return false;
+  callsLeft = CALLS_PER_TURN;
+  return true;
+}
 
 function eventLoopTurn(): Promise<void> {
   return new Promise((resolve) => setImmediate(resolve));
 }
 
-const LINGER_TIME = 4; // in seconds: see `close`
+/** How long `close` waits for the peer to close as well, in seconds. */
+const LINGER_TIME = 4;
 
 /**
- * A TCP connection with the methods of a blocking socket. Await `recv` and `sendAll`, which block
- * in Python. As with any promise, a rejection that nobody handles ends the process.
- *
- * They reject with a `SocketError`, whose `code` says why:
- *
- * - `ETIMEDOUT`: The call made no progress for `timeout` seconds, or the peer has vanished.
- * - `EHOSTUNREACH`: The peer has vanished, as the network tells.
- * - `ECONNRESET`: The peer has reset the connection, or `sendAll` has found it broken.
- * - `EPIPE`: As `ECONNRESET`, but after the peer had ended its stream. Or this process has called
- *   `shutdown`, and then `sendAll`.
- * - `ECONNABORTED`: This process has called `stop(true)` of Bun's listener. (If it had called
- *   `shutdown` before, `recv` takes that for the end of the stream.)
- * - `EBADF`: This process has called `close`.
+ * A TCP connection with the methods of a blocking socket: await `recv` and `sendAll` where Python's
+ * `recv` and `sendall` block. When the network fails, they reject with a `SocketError`, whose
+ * comment lists the codes.
  *
  * An open connection keeps the process alive, so declare it with `using`, which closes it.
+ *
+ *     using sock = await connect("127.0.0.1", 1060);
+ *     await sock.sendAll("Hi there, server");
+ *     const reply = await recvAll(sock, 16);
  */
 export class Connection {
   readonly sockname: Address;
   readonly peername: Address;
-  /**
-   * In seconds: how long a `recv` waits for bytes, and a `sendAll` for room for the next byte,
-   * before it rejects with `ETIMEDOUT`. `Infinity` is no timeout, like Python's `None`.
-   *
-   * It may be changed for later calls. If it is not a number above 0, they reject with a
-   * `RangeError`.
-   */
-  timeout: number;
 
   readonly #socket: Socket<Connection>;
-  /** The bytes that have arrived, and that `recv` has not returned yet. */
-  #unread: Buffer = Buffer.alloc(0);
+  #timeout: number;
+  readonly #unread = new ReceiveBuffer();
   /** Whether a `recv` is pending. */
   #isReceiving = false;
-  /** The `sendAll` that waits for room, if there is one. */
-  #sending: Promise<void> | undefined;
+  /** Held by the `sendAll` that sends, while others wait. */
+  readonly #sendLock = new Lock();
+  /**
+   * Whether the stream stops in the middle of a `sendAll`, or lacks one that failed while others
+   * were queued behind it. Then it must not end as if it were whole.
+   */
+  #isTorn = false;
   /** Whether `shutdown` or `close` was called: this side sends no more. */
   #hasShutDown = false;
   /** Whether `close` was called. */
   #hasClosed = false;
-  /** Whether the end of the stream has arrived. */
+  /** Whether the end of the peer's stream has arrived. */
   #peerHasEnded = false;
   /** The code of the first error. It is empty while there is none. */
-  #failure = "";
-  /** Whether Bun has closed the socket. If so, the peer has ended, or there is a failure. */
+  #errorCode = "";
+  /** Whether Bun has closed the socket. If so, the peer has ended, or there is an error code. */
   #isDisconnected = false;
-  /** Notified when `recv` may go on: with bytes, at the end, or with an error. */
+  /** Notified when `recv` may go on: bytes have arrived, or the end, or an error. */
   readonly #arrival = new Condition();
-  /** Notified when `sendAll` may go on: the kernel has room for bytes, or there is an error. */
+  /** Notified when `sendAll` may go on: the kernel has room again, or there is an error. */
   readonly #room = new Condition();
   #lingerTimer: ReturnType<typeof setTimeout> | undefined;
 
-  /** Called by Bun. They find the connection in `socket.data`, which Bun leaves to programs. */
+  /**
+   * Bun calls these. They find the connection in `socket.data`, which Bun leaves to the program.
+   */
   static readonly handlers: SocketHandler<Connection> = {
     data: (socket, bytes) => socket.data.#onData(bytes),
     end: (socket) => socket.data.#onEnd(),
@@ -324,44 +434,67 @@ export class Connection {
     drain: (socket) => socket.data.#room.notify(),
   };
 
-  /** `socket` is open, and has these handlers. The caller sets its `data` to the connection. */
+  /** `socket` is open and has these handlers. The caller stores the connection in its `data`. */
   constructor(socket: Socket<Connection>, timeout: number) {
+    checkTimeout(timeout);
     this.#socket = socket;
-    this.timeout = timeout;
-    // If the peer has reset the connection already, Bun has no addresses.
+    this.#timeout = timeout;
+    // If the peer has already reset the connection, Bun has no addresses.
     this.sockname = new Address(socket.localAddress ?? "0.0.0.0", socket.localPort ?? 0);
     this.peername = new Address(socket.remoteAddress ?? "0.0.0.0", socket.remotePort ?? 0);
-    socket.setKeepAlive(true, 60_000); // in milliseconds: so that a vanished peer is noticed
+    socket.setKeepAlive(true, 60_000); // in milliseconds; finds out that the peer has vanished
+  }
+
+  /**
+   * How long, in seconds, a call may wait without receiving or sending a byte before it rejects
+   * with `ETIMEDOUT`. `Infinity`, like Python's `None`, means that it waits as long as it takes. A
+   * change applies to calls that begin after it. Setting anything but a number above 0 throws a
+   * `RangeError`.
+   *
+   * Without a timeout, calls still reject with `EHOSTUNREACH` when the peer has vanished, as in a
+   * power failure. TCP keep-alive notices that after about 70 seconds of silence. If data on its
+   * way to the peer is unacknowledged, Linux retransmits that instead, and gives up after about 15
+   * minutes.
+   */
+  get timeout(): number {
+    return this.#timeout;
+  }
+
+  set timeout(timeout: number) {
+    checkTimeout(timeout);
+    this.#timeout = timeout;
   }
 
   #onData(bytes: Buffer): void {
     if (this.#hasClosed) return;
-    const hasUnread = this.#unread.length > 0;
-    this.#unread = hasUnread ? Buffer.concat([this.#unread, bytes]) : bytes;
-    // If no `recv` waits, Bun is to read no more until one resumes the socket. What the peer sends
-    // meanwhile fills the kernel's buffer, and then the peer has to wait.
+    this.#unread.add(bytes); // which may keep them, for Bun never reuses their memory
+    // Backpressure: if no `recv` is waiting, make Bun stop reading until one is. What the peer
+    // sends meanwhile fills the kernel's buffer, and then the peer has to wait.
     if (!this.#arrival.isAwaited) this.#socket.pause();
     this.#arrival.notify();
   }
 
   #onEnd(): void {
-    // Bun also calls this after a write has failed. Then it is not the end of the stream, and
+    // Bun also calls this after a write has failed. In that case the stream has not ended, and
     // `#onClose` follows.
-    if (!this.#failure) this.#peerHasEnded = true;
+    if (!this.#errorCode) this.#peerHasEnded = true;
     this.#arrival.notify();
   }
 
   #onClose(error?: NodeJS.ErrnoException): void {
     clearTimeout(this.#lingerTimer);
     this.#isDisconnected = true;
-    // After a failed write, `#failure` is set already. Then none of these three changes anything.
     if (error?.code) {
-      this.#fail(error.code);
+      // The peer has stopped answering. An `ETIMEDOUT` would look like the connection's timeout,
+      // after which a caller may try again.
+      const hasVanished = error.code === "ETIMEDOUT";
+      this.#fail(hasVanished ? "EHOSTUNREACH" : error.code);
     } else if (this.#hasShutDown) {
-      this.#onEnd(); // which Bun does not call after a shutdown
+      // When both sides have ended, Bun closes the socket without calling `end` first.
+      this.#onEnd();
     } else {
-      // Bun closes no socket by itself before both sides have ended. So this process has closed it,
-      // with `stop(true)` of the listener.
+      // Bun reports no error, and this side has not ended its stream: something on this side, such
+      // as `stop(true)` on the listener, has closed the socket.
       this.#fail("ECONNABORTED");
     }
     this.#arrival.notify();
@@ -369,170 +502,235 @@ export class Connection {
   }
 
   #fail(code: string): void {
-    // Only the first error says what has happened.
-    if (!this.#failure) this.#failure = code;
+    // Only the first error says what happened.
+    if (!this.#errorCode) this.#errorCode = code;
   }
 
   /**
-   * Resolves to at least 1 and at most `maxLength` bytes in a new buffer, as soon as there are any,
-   * or to an empty buffer at the end of the stream.
+   * Resolves to between 1 and `maxLength` bytes as soon as any have arrived, or to an empty buffer
+   * at the end of the stream. The memory is the caller's own.
    *
-   * If the connection breaks, the bytes that arrived before can still be received. After that,
+   * If the connection breaks, bytes that had already arrived can still be received. After that,
    * `recv` rejects. A `recv` that times out loses nothing, and may be called again.
    *
-   * If another `recv` or `recvAll` is pending, rejects with an `Error`, and does not disturb that.
-   * Rejects with a `RangeError` if `maxLength` is not a positive integer.
+   * A connection has one reader at a time: while a `recv`, `recvUntil` or `recvAll` is pending,
+   * another one rejects with an `Error` and leaves the first undisturbed. Rejects with a
+   * `RangeError` if `maxLength` is not a positive integer.
    */
-  async recv(maxLength: number): Promise<Buffer> {
-    if (!Number.isInteger(maxLength) || maxLength < 1) {
-      throw new RangeError(`recv takes a positive integer, not ${maxLength}`);
-    }
-    const timeout = this.timeout;
-    checkTimeout(timeout);
-    if (this.#isReceiving) throw new Error("recv called while another recv is pending");
-    this.#isReceiving = true;
-    try {
-      while (this.#unread.length === 0) {
-        if (this.#hasClosed) throw new SocketError("EBADF");
-        if (this.#peerHasEnded) break;
-        // A failure alone is no reason to give up: after a failed `sendAll`, Bun may still have
-        // bytes to read that arrived before.
-        if (this.#isDisconnected) throw new SocketError(this.#failure);
-        // Bun calls the handlers only when its event loop turns, so the wait misses no notify.
-        this.#socket.resume();
-        const isInTime = await this.#arrival.wait(timeout);
-        if (!isInTime) throw new SocketError("ETIMEDOUT");
-      }
-      const bytes = this.#take(maxLength);
-      calls += 1;
-      if (calls % CALLS_PER_TURN === 0) await eventLoopTurn();
-      return bytes;
-    } finally {
-      // Our caller goes on in a later microtask. Until then, no other `recv` may slip in and take
-      // the rest of its message. So the flag is cleared in the microtask directly before that.
-      queueMicrotask(() => {
-        this.#isReceiving = false;
-      });
-    }
-  }
-
-  #take(maxLength: number): Buffer {
-    const bytes = this.#unread;
-    if (bytes.length > maxLength) {
-      this.#unread = bytes.subarray(maxLength);
-      return Buffer.from(bytes.subarray(0, maxLength)); // a copy
-    }
-    this.#unread = Buffer.alloc(0);
-    // The last part of a larger piece is copied, too. It would keep all of the piece's memory.
-    const isWholePiece = bytes.length === bytes.buffer.byteLength;
-    return isWholePiece ? bytes : Buffer.from(bytes);
+  recv(maxLength: number): Promise<Buffer> {
+    return this.#receive(maxLength);
   }
 
   /**
-   * Sends all of `data`, a string as UTF-8. Resolves when the kernel has every byte of it, which
-   * does not mean that the peer has. Do not change a buffer before that.
+   * Like `recv`, but waits for `delimiter`, such as "\r\n", and resolves to everything up to and
+   * including the first one. If the first `maxLength` bytes do not contain it, resolves to those
+   * bytes. If the stream ends before it, resolves to what is left. Python's `readline(limit)` does
+   * the same.
    *
-   * Calls send one after the other, in the order in which they were made. If one fails while it
-   * sends, those that wait for it reject, too. A part of its data may have been sent, so the stream
-   * may be out of step: close the connection. The wait for other calls does not count for the
-   * timeout.
+   * Check that the result ends with the delimiter. If it does not, the text is too long or cut off.
+   * Do not join it with the next result, because the limit may have cut a delimiter in two.
+   *
+   * The timeout restarts with every piece that arrives. A call that rejects loses nothing: the
+   * bytes that it had waited with are left for the next call. Rejects with a `RangeError` if
+   * `delimiter` is empty or `maxLength` is not a positive integer, and with a `TypeError` if
+   * `delimiter` is neither a string nor bytes.
+   */
+  recvUntil(delimiter: string | Uint8Array, maxLength: number): Promise<Buffer> {
+    return this.#receive(maxLength, { delimiter });
+  }
+
+  async #receive(maxLength: number, until?: { delimiter: string | Uint8Array }): Promise<Buffer> {
+    if (!Number.isInteger(maxLength) || maxLength < 1) {
+      throw new RangeError(`maxLength must be a positive integer, not ${maxLength}`);
+    }
+    const delimiter = until && Buffer.from(bytesOf(until.delimiter)); // a copy
+    if (delimiter?.length === 0) throw new RangeError("the delimiter must not be empty");
+    if (this.#isReceiving) throw new Error("recv called while another recv is pending");
+    this.#isReceiving = true;
+    const timeout = this.#timeout;
+    try {
+      let length = this.#readyLength(maxLength, delimiter);
+      while (length === 0) {
+        if (this.#hasClosed) throw new SocketError("EBADF");
+        if (this.#peerHasEnded) break;
+        // An error alone is no reason to give up: after a failed `sendAll`, Bun may still have to
+        // read bytes that arrived before.
+        if (this.#isDisconnected) throw new SocketError(this.#errorCode);
+        this.#unread.compact(); // The wait may be long, and the bytes few but of a large piece.
+        // No notify can be missed: Bun calls the handlers only when the event loop turns.
+        this.#socket.resume();
+        const isNotified = await this.#arrival.wait(timeout);
+        if (!isNotified) throw new SocketError("ETIMEDOUT");
+        length = this.#readyLength(maxLength, delimiter);
+      }
+      return this.#unread.take(length || maxLength);
+    } finally {
+      if (isTurnDue()) await eventLoopTurn();
+      queueMicrotask(this.#endReceiving);
+    }
+  }
+
+  /**
+   * The caller of a `recv` continues in a later microtask. Until then, no other `recv` may slip in
+   * and take the rest of its message. This therefore runs in the microtask just before.
+   */
+  readonly #endReceiving = (): void => {
+    this.#isReceiving = false;
+  };
+
+  /**
+   * Lets `recvAll` finish without waiting: returns `length` bytes in a buffer of their own, if so
+   * many have arrived. Otherwise, and if it is time to reject or to yield to the event loop, which
+   * is left to `recv`, returns undefined and takes nothing.
+   */
+  tryRecvAll(length: number): Buffer | undefined {
+    const hasArrived = Number.isInteger(length) && length > 0 && length <= this.#unread.length;
+    const mustYield = callsLeft === 1;
+    if (!hasArrived || this.#isReceiving || mustYield) return undefined;
+    callsLeft -= 1;
+    this.#isReceiving = true;
+    queueMicrotask(this.#endReceiving);
+    return this.#unread.take(length);
+  }
+
+  /** How many bytes a call may take now, or 0 if it has to wait for more. */
+  #readyLength(maxLength: number, delimiter?: Uint8Array): number {
+    const available = Math.min(this.#unread.length, maxLength);
+    if (delimiter === undefined) return available;
+    const length = this.#unread.lengthThrough(delimiter, maxLength);
+    const isTooLong = length === 0 && available === maxLength;
+    return isTooLong ? maxLength : length;
+  }
+
+  /**
+   * Iterates over what arrives, piece by piece, until the end of the stream. Leaving the loop does
+   * not close the connection.
+   */
+  async *[Symbol.asyncIterator](): AsyncGenerator<Buffer, void> {
+    for (;;) {
+      const bytes = await this.recv(65_536);
+      if (bytes.length === 0) return;
+      yield bytes;
+    }
+  }
+
+  /**
+   * Sends all of `data`, encoding a string as UTF-8. Resolves when the kernel has accepted every
+   * byte, which does not mean that the peer has received it. Until then, leave a buffer unchanged.
+   *
+   * Concurrent calls are sent one after the other, in the order in which they were made. Time spent
+   * waiting for another call does not count towards the timeout.
+   *
+   * If a call fails after part of its data was sent, or while others are queued behind it, the
+   * stream has a gap. The queued and all later calls then reject with `EPIPE`, and `close` resets
+   * the connection, so that the peer cannot mistake what it has received for the whole. The one
+   * exception is a process that exits while a call is pending: the kernel ends the stream as if it
+   * were complete.
    *
    * Rejects with a `TypeError` if `data` is neither a string nor bytes.
    */
   async sendAll(data: string | NodeJS.ArrayBufferView | ArrayBufferLike): Promise<void> {
-    const timeout = this.timeout;
-    checkTimeout(timeout);
     const bytes = bytesOf(data);
-    // If a buffer is transferred to a worker while this call waits, its length becomes 0, as if
-    // all were sent. With the length from before, `write` throws an error instead.
+    // Transferring a buffer to a worker sets its length to 0, as if all of it were sent. Asked for
+    // the original length, Bun's `write` throws.
     const length = bytes.length;
+    const timeout = this.#timeout;
+    const isFirst = this.#sendLock.tryAcquire();
+    if (!isFirst) {
+      await this.#sendLock.acquire();
+      if (isTurnDue()) await eventLoopTurn();
+    }
     try {
-      // Calls that wait for the same `#sending` wake in their order. The first one sends. If it has
-      // to wait for room, the others wait for it.
-      while (this.#sending) await this.#sending;
-      const sent = this.#write(bytes, 0, length);
-      if (sent < length) {
-        this.#sending = this.#sendRest(bytes, sent, length, timeout);
-        try {
-          await this.#sending;
-        } finally {
-          this.#sending = undefined; // before the calls that wait for it wake
-        }
+      let sent = this.#write(bytes, 0, length);
+      while (sent < length) {
+        this.#isTorn = sent > 0;
+        const isNotified = await this.#room.wait(timeout);
+        // Bun reports room only when there is plenty, and a slow reader may free just a little.
+        // When the time is up, this tries once more, and keeps waiting if a byte was accepted.
+        const accepted = this.#write(bytes, sent, length - sent);
+        if (accepted === 0 && !isNotified) throw new SocketError("ETIMEDOUT");
+        sent += accepted;
       }
+      this.#isTorn = false;
     } catch (error) {
-      // Calls that wait for one that fails are given its error. Each throws a new error, whose
-      // stack leads to its caller.
-      if (error instanceof SocketError) throw new SocketError(error.code);
+      if (isTurnDue()) await eventLoopTurn(); // before others can go on: they may be queued by then
+      const wouldLeaveHole = this.#sendLock.isAwaited && !this.#hasShutDown;
+      if (wouldLeaveHole) this.#isTorn = true;
       throw error;
+    } finally {
+      this.#sendLock.release();
     }
-    calls += 1;
-    if (calls % CALLS_PER_TURN === 0) await eventLoopTurn();
+    if (isFirst && isTurnDue()) await eventLoopTurn();
   }
 
-  async #sendRest(
-    bytes: Uint8Array,
-    start: number,
-    length: number,
-    timeout: number,
-  ): Promise<void> {
-    let sent = start;
-    while (sent < length) {
-      const isInTime = await this.#room.wait(timeout);
-      // Bun tells of room only when there is a lot of it. If the peer reads slowly, there may be a
-      // little. So when the time is up, this tries once more. If a byte goes, it waits again.
-      const more = this.#write(bytes, sent, length - sent);
-      if (more === 0 && !isInTime) throw new SocketError("ETIMEDOUT");
-      sent += more;
-    }
-  }
-
-  /** Hands the kernel `count` bytes from `start` on. Returns how many of them it had room for. */
+  /** Hands the kernel `count` bytes from `start` on. Returns how many of them it accepted. */
   #write(bytes: Uint8Array, start: number, count: number): number {
     if (this.#hasClosed) throw new SocketError("EBADF");
-    if (this.#hasShutDown) throw new SocketError("EPIPE");
-    const taken = this.#socket.write(bytes, start, count);
-    if (taken < 0) {
-      // The connection is broken: reset, if Bun has not told another reason. The kernel has two
-      // codes for that: one if the peer had ended before, one if it had not.
+    if (this.#errorCode) throw new SocketError(this.#errorCode);
+    if (this.#hasShutDown) throw new SocketError("EPIPE", "this side has called shutdown");
+    const isTornBefore = start === 0 && this.#isTorn; // by an earlier call, for this one begins
+    if (isTornBefore) throw new SocketError("EPIPE", "an earlier sendAll failed");
+    const accepted = this.#socket.write(bytes, start, count);
+    if (accepted < 0) {
+      // The peer has reset the connection. Bun does not pass on the kernel's code, which depends on
+      // whether the peer had ended its stream before.
       this.#fail(this.#peerHasEnded ? "EPIPE" : "ECONNRESET");
-      throw new SocketError(this.#failure);
+      throw new SocketError(this.#errorCode);
     }
-    return taken;
+    return accepted;
   }
 
   /**
-   * Ends the sending direction, like Python's `shutdown(SHUT_WR)`. The peer receives all that was
-   * sent, and then the end of the stream. This side can still receive. A `sendAll` that is pending,
-   * or called later, rejects with `EPIPE`. A second `shutdown`, or one after `close`, changes
-   * nothing.
+   * Ends the sending direction (a half-close), like Python's `shutdown(SHUT_WR)`. The peer receives
+   * everything that was sent, and then the end of the stream. This side can still receive. A
+   * `sendAll` that is pending or called later rejects with `EPIPE`.
+   *
+   * If that cuts a `sendAll` off partway, or one has failed partway before, the peer does not see
+   * the end of the stream, but a reset when the connection is closed.
    */
   shutdown(): void {
     this.#hasShutDown = true;
-    this.#socket.shutdown();
+    if (!this.#isTorn) this.#socket.shutdown();
     this.#room.notify(); // so that a pending `sendAll` rejects
   }
 
   /**
-   * Closes the connection. The peer receives all that was sent. Bytes not yet received are lost,
-   * and pending calls reject with `EBADF`. A second `close` does nothing.
+   * Closes the connection. The peer receives everything that was sent, and then the end of the
+   * stream, or a reset if a `sendAll` has stopped partway. Bytes not yet received are discarded,
+   * and pending calls reject with `EBADF`. Closing again has no effect.
    *
-   * If a socket is closed while its peer still sends, the kernel resets the connection, and what
-   * is on its way to the peer is lost. So this ends the sending direction, and discards what
-   * arrives until the peer closes too, for 4 seconds at most. The process stays alive until then.
+   * The connection lingers: this ends the sending direction, and discards what arrives until the
+   * peer closes as well. (If a socket is closed while its peer is still sending, the kernel resets
+   * the connection, and data on its way to the peer is lost.) That takes at most 4 seconds, which
+   * lets a slow peer read its reply, but does not let silent ones pile up. Until then, the process
+   * stays alive.
    */
   close(): void {
     if (this.#hasClosed) return;
     this.#hasClosed = true;
-    this.#unread = Buffer.alloc(0);
+    this.#unread.clear();
     this.shutdown();
     this.#arrival.notify(); // so that a pending `recv` rejects
-    if (this.#peerHasEnded || this.#failure) {
-      // Nothing more can arrive. Bun's method to close a socket for good is `end`.
-      this.#socket.end();
+    if (this.#isTorn) {
+      this.#socket.terminate(); // Bun's method to reset a connection
+    } else if (this.#peerHasEnded || this.#errorCode) {
+      this.#socket.end(); // Bun's method to close a socket. Nothing more can arrive.
     } else {
       this.#socket.resume();
       this.#lingerTimer = setTimeout(() => this.#socket.end(), LINGER_TIME * 1000);
     }
+  }
+
+  /**
+   * Closes the connection at once, with a reset, which tells the peer that what it has received is
+   * incomplete. Data on its way to the peer is lost, and pending calls reject with `EBADF`. Also
+   * ends a connection that lingers after `close`. (A peer that has already seen the end of the
+   * stream keeps what it has received.)
+   */
+  abort(): void {
+    this.#isTorn = true; // so that `close` sends no end
+    this.close();
+    this.#socket.terminate(); // even if it was closed before
   }
 
   [Symbol.dispose](): void {
@@ -542,38 +740,42 @@ export class Connection {
 
 function bytesOf(data: string | NodeJS.ArrayBufferView | ArrayBufferLike): Uint8Array {
   if (typeof data === "string") return Buffer.from(data);
+  if (data instanceof Uint8Array) return data;
   if (data instanceof ArrayBuffer || data instanceof SharedArrayBuffer) return new Uint8Array(data);
-  if (!ArrayBuffer.isView(data)) throw new TypeError("sendAll takes a string or bytes");
+  if (!ArrayBuffer.isView(data)) throw new TypeError(`expected a string or bytes, not ${data}`);
   return new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
 }
 
 /**
- * Connects to a TCP server, like Python's `socket.create_connection`, but over IPv4 only. The
- * `timeout`, in seconds, limits the attempt, and then it is the connection's. By default there is
- * none.
+ * Connects to a TCP server, like Python's `socket.create_connection`, but over IPv4 only: tries the
+ * addresses of `host` in turn until one accepts. `timeout`, in seconds, covers the look-up and all
+ * attempts together, and becomes the connection's timeout. By default there is no timeout.
  *
- * Rejects with a `SocketError` if `host` cannot be resolved, if none of its addresses accepts, or
- * if the time is up. Bun cannot stop an attempt: the process may live on until the kernel gives up.
- * If it still succeeds, the connection is closed. An argument that is not valid is a `RangeError`
- * or a `TypeError`.
+ * Rejects with a `SocketError` if `host` cannot be resolved, if no address accepts (the error is
+ * then the last address's), or if the time is up. Rejects with a `RangeError` or a `TypeError` for
+ * an invalid argument.
+ *
+ * Bun cannot cancel an attempt. After a timeout, the process may stay alive until the kernel gives
+ * up. If the attempt succeeds after all, the connection is closed.
  */
 export async function connect(
   host: string,
   port: number,
   timeout: number = Infinity,
 ): Promise<Connection> {
+  checkHost(host);
   checkTimeout(timeout);
   const blank = new SocketError(""); // before the first `await`: see `fillIn`
   const attempt = { isTooLate: false };
   const dialling = dial(host, port, timeout, attempt);
-  const done = new Condition();
-  const notify = () => done.notify();
-  dialling.then(notify, notify); // The second also handles a failure that comes too late.
-  const isInTime = await done.wait(timeout);
+  const settled = new Condition();
+  const notify = () => settled.notify();
+  dialling.then(notify, notify); // The second `notify` also handles a failure that is too late.
+  const isInTime = await settled.wait(timeout);
   if (!isInTime) {
     attempt.isTooLate = true;
     const cause = new SocketError("ETIMEDOUT");
-    throw fillIn(blank, failureOf(`cannot connect to (${repr(host)}, ${port})`, cause));
+    throw fillIn(blank, toSocketError(`cannot connect to (${repr(host)}, ${port})`, cause));
   }
   try {
     return await dialling;
@@ -598,27 +800,29 @@ async function dial(
   for (const hostname of addresses) {
     if (attempt.isTooLate) break;
     try {
-      // Without `allowHalfOpen`, Bun would end this side, too, as soon as the peer ends its own.
+      // Without `allowHalfOpen`, Bun would end this side as soon as the peer ends its own.
       const socket = await Bun.connect({ hostname, port, allowHalfOpen: true, socket: handlers });
       if (attempt.isTooLate) socket.data.close();
-      return socket.data;
+      return socket.data; // `open` has set it.
     } catch (error) {
-      failure = failureOf(`cannot connect to ${new Address(hostname, port)}`, error);
+      failure = toSocketError(`cannot connect to ${new Address(hostname, port)}`, error);
     }
   }
   throw failure; // If it is too late, nobody sees this.
 }
 
 /**
- * Listens at `host`, over IPv4 only, and calls `serve` for each client that connects, without
- * waiting for the others. Each connection has the `timeout`, in seconds (by default none), and is
- * closed when its `serve` is done.
+ * Listens on `host`, or on its first address if it is a name, over IPv4 only. Calls `serve` for
+ * every client that connects, concurrently, and closes the connection when its `serve` is done.
+ * `timeout`, in seconds, becomes the timeout of each connection. By default there is no timeout.
  *
- * If `serve` rejects, standard error gets the client's address and the message. Anything but a
- * `SocketError` or an `EOFError` is a bug: then it gets the stack, too.
+ * If `serve` throws, the client's address and the reason go to standard error, and other clients
+ * are unaffected. Anything but a `SocketError` or an `EOFError` is a bug, and is printed with its
+ * stack. The connection is closed as usual. If that would make half an answer look like a whole
+ * one, call `abort` before you throw.
  *
  * Resolves to Bun's listener. Port 0 picks a free port. Rejects with a `SocketError` if it cannot
- * listen there, and for a wrong argument as `connect` does.
+ * listen there, and with a `RangeError` or a `TypeError` for an invalid argument.
  */
 export async function listen(
   host: string,
@@ -640,7 +844,9 @@ export async function listen(
     }
   }
 
+  checkHost(host);
   checkTimeout(timeout);
+  if (typeof serve !== "function") throw new TypeError(`serve must be a function, not ${serve}`);
   const blank = new SocketError(""); // before the first `await`: see `fillIn`
   const handlers = { ...Connection.handlers, open };
   try {
@@ -661,7 +867,7 @@ function bind(
     // prevents that.
     return Bun.listen({ hostname, port, exclusive: true, allowHalfOpen: true, socket });
   } catch (error) {
-    throw failureOf(`cannot listen at ${new Address(hostname, port)}`, error);
+    throw toSocketError(`cannot listen at ${new Address(hostname, port)}`, error);
   }
 }
 
@@ -671,20 +877,20 @@ async function lookUp(host: string): Promise<[string, ...string[]]> {
   const summary = `cannot resolve ${repr(host)}`;
   let found: Bun.DNSLookup[];
   try {
-    // As in Python, the system looks it up. Bun by itself does not know `127.1`.
+    // As in Python, this asks the system's resolver. Bun's own does not know `127.1`.
     found = await Bun.dns.lookup(host, { family: 4, backend: "system" });
   } catch (error) {
-    throw failureOf(summary, error);
+    throw toSocketError(summary, error);
   }
   const addresses = found.map((entry) => entry.address);
   const first = addresses[0];
-  if (first === undefined) throw failureOf(summary, new SocketError("DNS_ENOTFOUND"));
+  if (first === undefined) throw toSocketError(summary, new SocketError("DNS_ENOTFOUND"));
   return [first, ...addresses.slice(1)]; // so that the type says: at least one
 }
 
 /**
- * Whether `host` is four decimal numbers from 0 to 255, which needs no look-up. (`node:net` has an
- * `isIPv4`, but takes 6 ms to load.)
+ * Whether `host` is four decimal numbers from 0 to 255, which need no look-up. (`node:net` has an
+ * `isIPv4`, but loading it takes longer than the whole exchange.)
  */
 function isIPv4(host: string): boolean {
   const parts = host.split(".");
@@ -714,5 +920,8 @@ export function repr(bytes: string | Uint8Array): string {
   return quote + shown + quote;
 }
 
-// When `main` is done, so is the exchange. This does not wait for a connection that lingers.
-if (import.meta.main) process.exit(await main(process.argv.slice(2)));
+if (import.meta.main) {
+  // Exit without waiting for a connection that lingers. (A top-level `await` could not be bundled
+  // as CommonJS.)
+  void main(process.argv.slice(2)).then((status) => process.exit(status));
+}
