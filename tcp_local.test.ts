@@ -1822,44 +1822,6 @@ describe.skipIf(!HAS_PROC)("under load", () => {
   });
 });
 
-/**
- * A `Connection` goes through every short sequence of moves: its peer sends, ends or resets, its own
- * process calls a method, a minute passes. A model, `BlockingSocket`, makes the same moves. It says
- * what must come of them, as plain changes of state, without events and without `await`. After each
- * turn of the event loop, both must show the same.
- *
- * Most sequences are played: the connection has a socket, timers and an event loop that do what
- * Bun's were seen to do. Then all can be compared: the outcome of each call, what was sent, and
- * whether a timer or a descriptor is still held. Some are made over real sockets, to see that Bun
- * still does so. Then the outcomes are compared, and in the end what the peer has received.
- */
-describe("every order of events", () => {
-  afterEach(() => {
-    Object.assign(globalThis, REAL_TIMERS);
-  });
-
-  const lengths = [1, 2, 3, 4, 5]; // The shortest sequence that goes wrong is the first to be told.
-  test.each(lengths)("comes out as the model says, for sequences of %p", (length) => {
-    for (const moves of sequences(length, MOVES)) compare(oneATurn(moves));
-  });
-
-  test("comes out as the model says, for sequences of 4, whichever share a turn", () => {
-    for (const moves of sequences(4, MOVES)) {
-      for (const turns of divisions(moves)) compare(turns);
-    }
-  });
-
-  test("comes out as the model says on real sockets, for sequences of 4", async () => {
-    for (const moves of sequences(4, REAL_MOVES)) await compareReal(oneATurn(moves));
-  });
-
-  test("comes out as the model says on real sockets, for sequences of 3, whichever share a turn", async () => {
-    for (const moves of sequences(3, REAL_MOVES)) {
-      for (const turns of divisions(moves)) await compareReal(turns);
-    }
-  });
-});
-
 // ---- What the tests share -----------------------------------------------------------------------
 
 /** What is stopped after each test, however it ended. */
@@ -2150,44 +2112,134 @@ function countDescriptors(pid: number): number {
 
 // ---- The model for every order of events --------------------------------------------------------
 
+/*
+ * What comes of a call depends on what else happens, and in what order: its peer sends, ends or
+ * resets, a minute passes, this process calls another method. Here a `Connection` goes through every
+ * short sequence of such moves, and a model of it makes the same moves. After each turn of the event
+ * loop, both must show the same. Four classes do this:
+ *
+ * - `BlockingSocket` is the model. It says what a connection promises, as plain changes of state,
+ *   without events and without `await`.
+ * - `PlayedConnection` is a `Connection` whose socket, timers and event loop are played: they do
+ *   what Bun's were seen to do. Everything can be compared, and a sequence takes microseconds.
+ * - `RealConnection` is a `Connection` over a real socket. It shows that Bun and the kernel still do
+ *   what is played.
+ * - `Network` holds what the model and the played connection have in common: the kernel's buffers,
+ *   and when Bun looks at them.
+ *
+ * One sequence, step by step. The kernel has room for one message of three bytes.
+ *
+ *     sendAll           The kernel takes "ABC", and the call resolves.
+ *     roomForTwoBytes   The peer has read a little.
+ *     sendAll           The kernel takes "DE". The call waits with "F".
+ *     aMinutePasses     The call rejects: it has timed out. The stream stops in the middle of "DEF".
+ *     close             The peer must not take "ABCDE" for all there is. It sees a reset.
+ *
+ * If `close` forgot the third message, the test would fail with the shortest sequence that shows it:
+ *
+ *     after roomForTwoBytes; then sendAll; then close
+ *      got [sendAll: EBADF: the connection is closed], sent "AB", the peer sees an end, …
+ *     want [sendAll: EBADF: the connection is closed], sent "AB", the peer sees a reset, …
+ *
+ * To add a method to `Connection`:
+ *
+ * 1. Add its name to `RECEIVING_MOVES`, `SENDING_MOVES` or `OTHER_MOVES`. From then on it is part of
+ *    every sequence, and `bun check` lists the classes that lack it.
+ * 2. Add it to `BlockingSocket`: what it promises. If it receives, it is one call of `receive`.
+ * 3. Add it to `Caller`, which calls the real method. `RealConnection` inherits it.
+ * 4. Add it to `PlayedConnection`: a line that passes the call on.
+ */
+describe("every order of events", () => {
+  afterEach(() => {
+    Object.assign(globalThis, REAL_TIMERS);
+  });
+
+  // The shorter sequences come first, so that the first failure is the shortest.
+  test.each([1, 2, 3, 4])(
+    "agrees with the model for every %p moves, however they fall into turns",
+    (length) => {
+      for (const moves of sequences(length, MOVES)) {
+        for (const turns of divisions(moves)) compare(turns);
+      }
+    },
+  );
+
+  test("agrees with the model for every 5 moves of a connection that only receives", () => {
+    const moves = [...RECEIVING_MOVES, ...OTHER_MOVES, "aMinutePasses"] as const;
+    for (const sequence of sequences(5, moves)) compare(oneATurn(sequence));
+  });
+
+  test("agrees with the model for every 5 moves of a connection that only sends", () => {
+    const moves = [...SENDING_MOVES, ...OTHER_MOVES, "aMinutePasses"] as const;
+    for (const sequence of sequences(5, moves)) compare(oneATurn(sequence));
+  });
+
+  test.each([1, 2, 3])(
+    "agrees with the model on real sockets for every %p moves, however they fall into turns",
+    async (length) => {
+      for (const moves of sequences(length, REAL_MOVES)) {
+        for (const turns of divisions(moves)) await compareReal(turns);
+      }
+    },
+  );
+
+  test("agrees with the model on real sockets for every 4 moves", async () => {
+    for (const moves of sequences(4, REAL_MOVES)) await compareReal(oneATurn(moves));
+  });
+});
+
 const REAL_TIMERS = { setTimeout, clearTimeout, setImmediate };
 const TIMEOUT = 60; // seconds
-const REFUSED = "recv called while another recv is pending";
-const ARRIVING = "abcdefghij"; // two bytes a move
-const RECV_LENGTH = 3; // more than the two bytes of one move, and fewer than those of two
-const SENDING = "XYZ"; // one call of `sendAll`
-const ROOM = 4; // so the kernel takes one such message, and a part of a second
 
-/**
- * What comes from the peer. It may also read, and then the kernel has room to send: for one byte,
- * which stands for too little to be told, or for two, which stand for enough.
- */
-const PEER_MOVES = [
-  "twoBytesArrive",
+/** What arrives, a piece each time. A delimiter comes at the start, and one is in two pieces. */
+const PIECES = ["--a", "bc-", "-de", "fgh", "ijk", "lmn"];
+const DELIMITER = "--";
+/** The most that a call receives: more than one piece, and fewer bytes than two. */
+const MAX_LENGTH = 4;
+
+/** What is sent, a message each time. All have the same length. */
+const MESSAGES = ["ABC", "DEF", "GHI", "JKL", "MNO", "PQR"];
+const MESSAGE_LENGTH = 3;
+
+/** What a call rejects with: the code and the message, or the message alone if there is no code. */
+const BUSY = "recv called while another recv is pending";
+const BROKEN_PIPE = "EPIPE: broken pipe";
+const CLOSED = "EBADF: the connection is closed";
+const RESET = "ECONNRESET: connection reset by peer";
+const SHUT_DOWN = "EPIPE: this side has called shutdown";
+const TIMED_OUT = "ETIMEDOUT: timed out";
+const TORN = "EPIPE: an earlier sendAll failed";
+
+const RECEIVING_MOVES = ["pieceArrives", "recv", "recvUntil"] as const;
+const SENDING_MOVES = ["roomForOneByte", "roomForTwoBytes", "sendAll"] as const;
+const OTHER_MOVES = ["peerEnds", "peerResets", "shutdown", "close", "abort"] as const;
+const MOVES = [...RECEIVING_MOVES, ...SENDING_MOVES, ...OTHER_MOVES, "aMinutePasses"] as const;
+type Move = (typeof MOVES)[number];
+
+/** The moves that a test can make with a real kernel, which does not say how much room it has. */
+const REAL_MOVES = [
+  ...RECEIVING_MOVES,
+  "sendAll",
+  "sendTooMuch",
+  ...OTHER_MOVES,
+  "threeMinutesPass",
+] as const;
+type RealMove = (typeof REAL_MOVES)[number];
+
+/** The moves that the peer makes. It makes room by reading. */
+const PEER_MOVES: (Move | RealMove)[] = [
+  "pieceArrives",
   "peerEnds",
   "peerResets",
   "roomForOneByte",
   "roomForTwoBytes",
-] as const;
-/** What comes from the process of the connection. */
-const OWN_MOVES = ["recv", "sendAll", "shutdown", "close", "aMinutePasses"] as const;
-const MOVES = [...PEER_MOVES, ...OWN_MOVES];
-type Move = (typeof MOVES)[number];
-
-/** Those that a test can make with a real kernel, whose room is not known, and without waiting. */
-const REAL_MOVES = [
-  "twoBytesArrive",
-  "peerEnds",
-  "peerResets",
-  "recv",
-  "sendAll",
-  "shutdown",
-  "close",
-] as const;
-type RealMove = (typeof REAL_MOVES)[number];
+];
 
 /** Every possible sequence of so many of the moves. */
-function* sequences<Some extends Move>(length: number, moves: readonly Some[]): Generator<Some[]> {
+function* sequences<Some extends Move | RealMove>(
+  length: number,
+  moves: readonly Some[],
+): Generator<Some[]> {
   if (length === 0) {
     yield [];
     return;
@@ -2200,20 +2252,19 @@ function* sequences<Some extends Move>(length: number, moves: readonly Some[]): 
 }
 
 /** A peer that has reset does nothing more. One that has ended does not send, or end again. */
-function isPossible(move: Move, before: Move[]): boolean {
-  const isDoneByPeer = (PEER_MOVES as readonly Move[]).includes(move);
-  if (before.includes("peerResets")) return !isDoneByPeer;
-  if (before.includes("peerEnds")) return move !== "twoBytesArrive" && move !== "peerEnds";
+function isPossible(move: Move | RealMove, before: (Move | RealMove)[]): boolean {
+  if (before.includes("peerResets")) return !PEER_MOVES.includes(move);
+  if (before.includes("peerEnds")) return move !== "pieceArrives" && move !== "peerEnds";
   return true;
 }
 
 /** A turn of the event loop after each move. */
-function oneATurn<Some extends Move>(moves: Some[]): Some[][] {
+function oneATurn<Some>(moves: Some[]): Some[][] {
   return moves.map((move) => [move]);
 }
 
 /** Every way to divide the moves into turns of the event loop, in their order. */
-function* divisions<Some extends Move>(moves: Some[]): Generator<Some[][]> {
+function* divisions<Some>(moves: Some[]): Generator<Some[][]> {
   if (moves.length === 0) {
     yield [];
     return;
@@ -2224,11 +2275,13 @@ function* divisions<Some extends Move>(moves: Some[]): Generator<Some[][]> {
   }
 }
 
-/** Makes the moves with a played connection and the model. Throws if they differ after a turn. */
+/**
+ * Makes the moves with a played connection and the model. Throws if they differ in the end. (If they
+ * differ before, a shorter sequence has shown it.)
+ */
 function compare(turns: Move[][]): void {
   const played = new PlayedConnection();
   const model = new BlockingSocket();
-  const made: string[] = [];
   for (const moves of turns) {
     for (const move of moves) {
       played[move]();
@@ -2236,65 +2289,100 @@ function compare(turns: Move[][]): void {
     }
     played.turn();
     model.turn();
-    made.push(moves.join(" and "));
-    expectSame(made, shown(played), shown(model));
   }
-}
-
-/** Makes the moves with a real connection and the model. Throws if they differ after a turn. */
-async function compareReal(turns: RealMove[][]): Promise<void> {
-  const real = await RealConnection.open();
-  const model = new BlockingSocket();
-  model.room = Infinity;
-  const made: string[] = [];
-  for (const moves of turns) {
-    for (const move of moves) {
-      real[move]();
-      model[move]();
-    }
-    await real.turn();
-    model.turn();
-    made.push(moves.join(" and "));
-    expectSame(made, real.outcomes.join(", "), model.outcomes.join(", "));
-  }
-  const isHeard = !model.hasReset; // A peer that has reset hears no more.
-  if (isHeard) expectSame(made, `the peer has "${real.received}"`, `the peer has "${model.sent}"`);
-  real.end();
-}
-
-/** Throws if they differ, and says after which moves. */
-function expectSame(made: string[], got: string, want: string): void {
-  if (got !== want) throw new Error(`after ${made.join("; then ")}\n got ${got}\nwant ${want}`);
+  expectSame(turns, shown(played), shown(model));
 }
 
 /** All that is compared of a played connection and of the model. */
 function shown(socket: PlayedConnection | BlockingSocket): string {
-  const calls = socket.outcomes.join(", ");
-  const fin = socket.hasSentFin ? " and a FIN" : "";
-  const kernel = socket.isOpen ? `unread in the kernel "${socket.kernel}"` : "the socket is gone";
-  return `[${calls}], sent "${socket.sent}"${fin}, ${kernel}, timers: ${socket.countTimers()}`;
+  const descriptor = socket.isOpen
+    ? `unread in the kernel "${socket.kernel}"`
+    : "the socket is gone";
+  return `${shownCalls(socket)}, ${shownToPeer(socket)}, ${descriptor}`;
 }
 
 /**
- * The kernel and the peer, and when Bun tells of them. The model and the played connection have
- * this in common.
+ * Makes the moves with a real connection and the model, and closes both. Throws if the calls differ
+ * after a turn, or if the peer sees something else in the end.
+ */
+async function compareReal(turns: RealMove[][]): Promise<void> {
+  const real = await RealConnection.open();
+  const model = new BlockingSocket();
+  model.room = Infinity;
+  const made: RealMove[][] = [];
+  for (const moves of [...turns, ["close" as const]]) {
+    for (const move of moves) {
+      const passing = real[move]();
+      if (passing !== undefined) await passing;
+      model[move]();
+    }
+    await real.turn();
+    model.turn();
+    made.push(moves);
+    await real.turnUntil(() => shownCalls(real) === shownCalls(model));
+    expectSame(made, shownCalls(real), shownCalls(model));
+  }
+  const isSeen = !model.hasReset && !real.hasPeerMetReset;
+  if (isSeen) {
+    real.peerReads();
+    await real.turnUntil(() => shownToPeer(real) === shownToPeer(model));
+    expectSame(made, shownToPeer(real), shownToPeer(model));
+  }
+  real.end();
+}
+
+function shownCalls(socket: { outcomes: string[]; countTimers(): number }): string {
+  return `[${socket.outcomes.join(", ")}], timers: ${socket.countTimers()}`;
+}
+
+function shownToPeer(socket: { sent: string; ending: Ending }): string {
+  return `sent "${socket.sent}", the peer sees ${socket.ending}`;
+}
+
+/** Throws if they differ, and says after which moves. */
+function expectSame(turns: string[][], got: string, want: string): void {
+  if (got === want) return;
+  const made = turns.map((moves) => moves.join(" and ")).join("; then ");
+  throw new Error(`after ${made}\n got ${got}\nwant ${want}`);
+}
+
+/** What the peer sees when it has read all that was sent. Only the first of them counts. */
+type Ending = "no end" | "an end" | "a reset";
+
+/**
+ * The kernel and the peer, and when Bun looks at them. The model and the played connection have
+ * this in common, so a mistake here, for example in `isRoomTold` or `isReading`, is made on both
+ * sides and goes unseen. Only the runs on real sockets can show it.
  */
 class Network {
-  kernel = ""; // what has arrived in the kernel, and Bun has not read
-  countArrived = 0; // how many bytes have arrived in all
-  hasFin = false; // whether the peer has ended its stream
-  hasReset = false; // whether the peer has reset the connection
-  room = ROOM; // how many more bytes the kernel takes to send
-  sent = ""; // what the kernel has taken to send
-  hasSentFin = false; // whether this side has ended its stream
-  isOpen = true; // whether this process holds the descriptor
-  isPaused = false; // whether Bun is not to read
-  hasWriteMetReset = false; // whether a write has met the reset, of which the kernel tells only once
-  outcomes: string[] = []; // what each call of `recv` and `sendAll` has given, or that it waits
+  /** What has arrived in the kernel, and Bun has not read. */
+  kernel = "";
+  /** How many pieces have arrived. */
+  pieces = 0;
+  /** Whether the peer has ended its stream. */
+  hasFin = false;
+  /** Whether the peer has reset the connection. */
+  hasReset = false;
+  /** How many more bytes the kernel takes to send. */
+  room = MESSAGE_LENGTH;
+  /** What the kernel has taken to send. */
+  sent = "";
+  /** Whether this side has ended its stream. */
+  hasSentFin = false;
+  /** Whether this side has reset the connection. */
+  hasSentReset = false;
+  /** Whether this process holds the descriptor. */
+  isOpen = true;
+  /** Whether Bun has been told not to read. */
+  isPaused = false;
+  /** Whether a write has met the peer's reset. The kernel tells of a reset only once. */
+  hasWriteMetReset = false;
+  /** What each call has come to, or that it waits. */
+  outcomes: string[] = [];
 
-  twoBytesArrive(): void {
-    this.kernel += ARRIVING.slice(this.countArrived, this.countArrived + 2);
-    this.countArrived += 2;
+  pieceArrives(): void {
+    this.kernel += PIECES[this.pieces];
+    this.pieces += 1;
   }
 
   peerEnds(): void {
@@ -2305,10 +2393,12 @@ class Network {
     this.hasReset = true;
   }
 
+  /** Too little room for Bun to tell of it. */
   roomForOneByte(): void {
-    this.room = 1; // from now on, whatever it was
+    this.room = 1;
   }
 
+  /** Enough room for Bun to tell of it, and too little for a message. */
   roomForTwoBytes(): void {
     this.room = 2;
   }
@@ -2321,97 +2411,196 @@ class Network {
     return taken.length;
   }
 
-  /** Bun tells of room only when there is a lot of it, and not after a reset. */
+  sendFin(): void {
+    if (this.isOpen) this.hasSentFin = true;
+  }
+
+  sendReset(): void {
+    if (this.isOpen) this.hasSentReset = true;
+  }
+
+  /** A peer that has reset sees neither. */
+  get ending(): Ending {
+    if (this.hasReset) return "no end";
+    if (this.hasSentFin) return "an end"; // It comes before a reset.
+    if (this.hasSentReset) return "a reset";
+    return "no end";
+  }
+
   isRoomTold(): boolean {
     return this.isOpen && this.room > 1 && !this.hasReset;
   }
 
-  /** Bun reads all that came before a reset, even if it has paused. */
+  /** Bun reads all that came before a reset, even if it was told not to read. */
   isReading(): boolean {
     const mustTellReset = this.hasReset && !this.hasWriteMetReset;
     return this.isOpen && (!this.isPaused || mustTellReset);
   }
 }
 
+/** A call that receives, and waits. */
+type Reader = {
+  /** The index of its outcome. */
+  call: number;
+  /** How many of the unread bytes it resolves to now. With 0 it has to wait for more. */
+  readyLength(unread: string): number;
+};
+
+/** A `sendAll` that waits. */
+type Writer = {
+  /** The index of its outcome. */
+  call: number;
+  /** What is left of its message. */
+  unsent: string;
+};
+
 /** The model: what a connection promises, as plain changes of state. */
 class BlockingSocket extends Network {
-  unread = ""; // what Bun has read, and no `recv` has returned
-  reader: number | undefined; // the call of `recv` that waits
-  isReaderBusy = false; // whether a `recv` waits, or was called in this turn
-  writers: { call: number; unsent: string }[] = []; // the calls of `sendAll` that wait
-  hasClosed = false; // whether `close` was called
-  peerHasEnded = false; // whether the process has heard of the peer's end
-  isDisconnected = false; // whether it has heard that the connection is gone
-  failure = ""; // why it broke: the first reason stays
+  /** What Bun has read, and no call has returned. */
+  unread = "";
+  /** The call that receives and waits. There can only be one. */
+  reader: Reader | undefined;
+  /** Whether a call that receives waits, or was made in this turn. */
+  isReaderBusy = false;
+  /** The calls of `sendAll` that wait, in their order. Only the first of them sends. */
+  writers: Writer[] = [];
+  /** How many messages `sendAll` was given. */
+  messages = 0;
+  /** Whether a `sendAll` failed while others were queued behind it: the stream has a hole. */
+  lacksMessage = false;
+  /** Whether `shutdown` was called: this side sends no more. */
+  hasShutDown = false;
+  /** Whether `close` or `abort` was called. */
+  hasClosed = false;
+  /** Whether this process has heard of the end of the peer's stream. */
+  peerHasEnded = false;
+  /** Whether it has heard that the connection is gone. */
+  isDisconnected = false;
+  /** Why the connection broke. It is empty while it has not. The first reason stays. */
+  failure = "";
 
-  countTimers(): number {
-    const isLingering = this.hasClosed && this.isOpen;
-    const waits = [this.reader !== undefined, this.writers.length > 0, isLingering];
-    return waits.filter((isWaiting) => isWaiting).length;
+  /** Resolves to what has arrived, up to the limit. */
+  recv(): void {
+    this.receive("recv", (unread) => Math.min(unread.length, MAX_LENGTH));
   }
 
-  recv(): void {
-    const call = this.outcomes.length;
+  /** Resolves to what has arrived up to and including the delimiter, or up to the limit. */
+  recvUntil(): void {
+    this.receive("recvUntil", (unread) => {
+      const allowed = unread.slice(0, MAX_LENGTH);
+      const index = allowed.indexOf(DELIMITER);
+      if (index >= 0) return index + DELIMITER.length;
+      return allowed.length === MAX_LENGTH ? MAX_LENGTH : 0;
+    });
+  }
+
+  /** Takes its bytes at once if they have arrived. One call at a time may wait for them. */
+  private receive(name: string, readyLength: Reader["readyLength"]): void {
+    const call = this.begin(name);
     if (this.isReaderBusy) {
-      this.outcomes.push(`recv: ${REFUSED}`);
+      this.settle(call, BUSY);
       return;
     }
     this.isReaderBusy = true;
-    this.outcomes.push("recv: waits");
-    this.reader = call;
+    this.reader = { call, readyLength };
     this.settleReader();
     const isWaiting = this.reader !== undefined;
     if (isWaiting) this.isPaused = false;
   }
 
+  /** Sends its message at once if there is room. Otherwise it waits, behind those before it. */
   sendAll(): void {
-    const call = this.outcomes.length;
-    this.outcomes.push("sendAll: waits");
-    this.writers.push({ call, unsent: SENDING });
+    this.writers.push({ call: this.begin("sendAll"), unsent: `${MESSAGES[this.messages]}` });
+    this.messages += 1;
     const isFirst = this.writers.length === 1;
     if (isFirst) this.write();
   }
 
-  shutdown(): void {
-    this.hasSentFin = true;
+  /** On real sockets: a message that is too long for the kernel, which takes a part of it. */
+  sendTooMuch(): void {
+    if (this.room === Infinity) this.room = 1;
+    this.writers.push({ call: this.begin("sendAll"), unsent: "!!!" });
+    const isFirst = this.writers.length === 1;
+    if (isFirst) this.write();
   }
 
+  /** Ends the stream that this side sends, if it is whole. Receiving goes on. */
+  shutdown(): void {
+    this.hasShutDown = true;
+    if (!this.isTorn) this.sendFin();
+  }
+
+  /** Ends the stream if it is whole, and resets the connection if it is not. */
   close(): void {
     if (this.hasClosed) return;
+    if (this.isTorn) {
+      this.abort();
+      return;
+    }
     this.shutdown();
     this.hasClosed = true;
     this.unread = "";
-    this.isPaused = false; // What still arrives is discarded.
+    this.isPaused = false; // It lingers: what still arrives is discarded, until the peer ends.
     const canStillArrive = !this.peerHasEnded && this.failure === "";
     if (!canStillArrive) this.isOpen = false;
   }
 
-  /** What this process hears of the network when the event loop turns. */
-  turn(): void {
-    // Bun tells of room first.
-    if (this.isRoomTold()) this.write();
-    if (this.isReading()) this.readKernel();
-    // The end and a reset come after all bytes. If the reading has paused Bun, they come later.
-    if (this.isReading()) {
-      if (this.hasFin) this.hearEnd();
-      if (this.hasReset) this.hearReset();
-    }
-    this.settleReader();
-    this.settleWriters();
-    this.isReaderBusy = this.reader !== undefined; // The caller of a `recv` that is done has gone on.
+  /** Resets the connection, also if it lingers. */
+  abort(): void {
+    this.hasClosed = true;
+    this.unread = "";
+    this.sendReset();
+    this.isOpen = false;
   }
 
+  /** A stream is torn if it stops in the middle of a message or lacks one: it must not end. */
+  private get isTorn(): boolean {
+    return this.sent.length % MESSAGE_LENGTH !== 0 || this.lacksMessage;
+  }
+
+  /** What this process does and hears when the event loop turns. */
+  turn(): void {
+    // Calls that wait learn first of what this process has done itself.
+    this.settleReader();
+    this.settleWriters();
+    // Then Bun tells of room, then of bytes, and then of the end and of a reset.
+    if (this.isRoomTold()) this.write();
+    if (this.isReading()) this.readKernel();
+    const canReadOn = this.isReading(); // Bytes that nobody waits for make Bun pause.
+    if (canReadOn && this.hasFin) this.hearEnd();
+    if (canReadOn && this.hasReset) this.hearReset();
+    this.settleReader();
+    this.settleWriters();
+    this.isReaderBusy = this.reader !== undefined;
+  }
+
+  /** Calls that have waited for a minute, and for which nothing happens in this turn, time out. */
   aMinutePasses(): void {
-    const reader = this.reader;
-    const sent = this.sent;
+    const { reader, unread, sent } = this;
     const isWriting = this.writers.length > 0;
     this.turn(); // What has happened by now is in time.
-    if (reader !== undefined && this.reader === reader) this.settleReader("ETIMEDOUT");
+    const hasNewBytes = this.unread !== unread;
+    if (reader !== undefined && this.reader === reader && !hasNewBytes) {
+      this.settle(reader.call, TIMED_OUT);
+      this.reader = undefined;
+    }
     // There may be a little room, of which Bun does not tell.
     if (isWriting && this.sent === sent) this.write();
-    if (isWriting && this.sent === sent) this.failWriters("ETIMEDOUT");
+    if (isWriting && this.sent === sent) this.timeOutWriter();
     if (this.hasClosed) this.isOpen = false; // It lingers no longer.
     this.isReaderBusy = this.reader !== undefined;
+  }
+
+  /** On real sockets: at the end of the first minute, the kernel may take a little more. */
+  threeMinutesPass(): void {
+    for (let i = 0; i < 3; i += 1) this.aMinutePasses();
+  }
+
+  /** How many timers run: one for each wait that is limited. */
+  countTimers(): number {
+    const isLingering = this.hasClosed && this.isOpen;
+    const waits = [this.reader !== undefined, this.writers.length > 0, isLingering];
+    return waits.filter((isWaiting) => isWaiting).length;
   }
 
   private readKernel(): void {
@@ -2420,23 +2609,23 @@ class BlockingSocket extends Network {
     if (this.hasClosed || bytes === "") return;
     this.unread += bytes;
     const isAwaited = this.reader !== undefined;
-    if (!isAwaited) this.isPaused = true;
+    if (!isAwaited) this.isPaused = true; // The rest stays in the kernel until a call waits.
   }
 
   private hearEnd(): void {
     // What comes after a failure is not the end of the stream.
     if (this.failure === "") this.peerHasEnded = true;
-    // When both sides have ended, the connection is over.
-    if (this.hasSentFin) this.disconnect();
+    if (this.hasSentFin) this.disconnect(); // Both sides have ended.
   }
 
   private hearReset(): void {
-    this.fail(this.hasFin ? "EPIPE" : "ECONNRESET");
+    if (this.isDisconnected) return;
+    this.fail(this.hasFin ? BROKEN_PIPE : RESET);
     this.disconnect();
   }
 
-  private fail(code: string): void {
-    if (this.failure === "") this.failure = code;
+  private fail(reason: string): void {
+    if (this.failure === "") this.failure = reason;
   }
 
   private disconnect(): void {
@@ -2444,29 +2633,23 @@ class BlockingSocket extends Network {
     this.isDisconnected = true;
   }
 
-  /** What a waiting `recv` is given: bytes, or else the end, or else the reason for neither. */
-  private settleReader(otherwise?: string): void {
+  /** Gives the waiting reader its bytes, or else the end, or else the reason for neither. */
+  private settleReader(): void {
     if (this.reader === undefined) return;
-    let outcome = otherwise;
-    if (this.unread !== "") {
-      outcome = this.unread.slice(0, RECV_LENGTH);
-      this.unread = this.unread.slice(RECV_LENGTH);
-    } else if (this.hasClosed) {
-      outcome = "EBADF";
-    } else if (this.peerHasEnded) {
-      outcome = "end";
-    } else if (this.isDisconnected) {
-      outcome = this.failure;
-    }
-    if (outcome === undefined) return;
-    this.outcomes[this.reader] = `recv: ${outcome}`;
+    const { call, readyLength } = this.reader;
+    const length = readyLength(this.unread);
+    if (length > 0) this.settle(call, this.takeUnread(length));
+    else if (this.hasClosed) this.settle(call, CLOSED);
+    else if (this.peerHasEnded) this.settle(call, this.takeUnread(MAX_LENGTH) || "end");
+    else if (this.isDisconnected) this.settle(call, this.failure);
+    else return; // It waits on.
     this.reader = undefined;
   }
 
-  private settleWriters(): void {
-    if (this.hasClosed) this.failWriters("EBADF");
-    else if (this.hasSentFin) this.failWriters("EPIPE");
-    else if (this.failure !== "") this.failWriters(this.failure);
+  private takeUnread(length: number): string {
+    const taken = this.unread.slice(0, length);
+    this.unread = this.unread.slice(length);
+    return taken;
   }
 
   /** Sends as much as there is room for, in the order of the calls. They may fail instead. */
@@ -2476,7 +2659,7 @@ class BlockingSocket extends Network {
     if (meetsReset) {
       this.hasWriteMetReset = true;
       // Of the peer's end it knows only what it has heard.
-      this.fail(this.peerHasEnded ? "EPIPE" : "ECONNRESET");
+      this.fail(this.peerHasEnded ? BROKEN_PIPE : RESET);
       this.settleWriters();
     }
     for (;;) {
@@ -2485,14 +2668,41 @@ class BlockingSocket extends Network {
       const taken = this.takeToSend(writer.unsent);
       writer.unsent = writer.unsent.slice(taken);
       if (writer.unsent !== "") return;
-      this.outcomes[writer.call] = "sendAll: sent";
+      this.settle(writer.call, "sent");
       this.writers.shift();
     }
   }
 
-  private failWriters(code: string): void {
-    for (const { call } of this.writers) this.outcomes[call] = `sendAll: ${code}`;
+  /** Fails all calls of `sendAll` that wait, if there is a reason why none of them can go on. */
+  private settleWriters(): void {
+    const hasBegun = this.writers[0]?.unsent.length !== MESSAGE_LENGTH;
+    if (this.hasClosed) this.failWriters(CLOSED);
+    else if (this.failure !== "") this.failWriters(this.failure);
+    else if (this.hasShutDown) this.failWriters(SHUT_DOWN);
+    else if (this.isTorn && !hasBegun) this.failWriters(TORN);
+  }
+
+  private failWriters(reason: string): void {
+    for (const { call } of this.writers) this.settle(call, reason);
     this.writers = [];
+  }
+
+  /** The first call fails alone. The others find out whether they can go on without it. */
+  private timeOutWriter(): void {
+    const first = this.writers.shift();
+    if (first === undefined) return;
+    this.settle(first.call, TIMED_OUT);
+    this.lacksMessage = this.writers.length > 0;
+    this.settleWriters();
+  }
+
+  /** Notes that a call waits, and returns the index of its outcome. */
+  private begin(name: string): number {
+    return this.outcomes.push(`${name}: waits`) - 1;
+  }
+
+  private settle(call: number, outcome: string): void {
+    this.outcomes[call] = `${this.outcomes[call]}`.replace("waits", outcome);
   }
 }
 
@@ -2500,6 +2710,7 @@ class BlockingSocket extends Network {
 class Caller {
   readonly outcomes: string[];
   private readonly connection: Connection;
+  private messages = 0;
 
   constructor(connection: Connection, outcomes: string[]) {
     this.connection = connection;
@@ -2507,13 +2718,16 @@ class Caller {
   }
 
   recv(): void {
-    const showBytes = (bytes: Buffer) => (bytes.length === 0 ? "end" : String(bytes));
-    this.note("recv", this.connection.recv(RECV_LENGTH).then(showBytes));
+    this.noteBytes("recv", this.connection.recv(MAX_LENGTH));
+  }
+
+  recvUntil(): void {
+    this.noteBytes("recvUntil", this.connection.recvUntil(DELIMITER, MAX_LENGTH));
   }
 
   sendAll(): void {
-    const showSent = () => "sent";
-    this.note("sendAll", this.connection.sendAll(SENDING).then(showSent));
+    this.send(`${MESSAGES[this.messages]}`);
+    this.messages += 1;
   }
 
   shutdown(): void {
@@ -2524,13 +2738,65 @@ class Caller {
     this.connection.close();
   }
 
+  abort(): void {
+    this.connection.abort();
+  }
+
+  protected send(message: string | Buffer): void {
+    const result = this.connection.sendAll(message);
+    this.note(
+      "sendAll",
+      result.then(() => "sent"),
+    );
+  }
+
+  private noteBytes(name: string, result: Promise<Buffer>): void {
+    this.note(
+      name,
+      result.then((bytes) => (bytes.length === 0 ? "end" : String(bytes))),
+    );
+  }
+
   private note(name: string, result: Promise<string>): void {
-    const call = this.outcomes.length;
-    this.outcomes.push(`${name}: waits`);
+    const call = this.outcomes.push(`${name}: waits`) - 1;
     const settle = (outcome: string) => {
       this.outcomes[call] = `${name}: ${outcome}`;
     };
-    result.then(settle, (error: NodeJS.ErrnoException) => settle(error.code ?? error.message));
+    result.then(settle, (error: NodeJS.ErrnoException) => {
+      settle(error.code === undefined ? error.message : `${error.code}: ${error.message}`);
+    });
+  }
+}
+
+/** Timers that ring only when a test says so. They take the place of the real ones. */
+class PlayedClock {
+  private readonly timers = new Set<{ delay: number; ring: () => void }>();
+
+  constructor() {
+    Object.assign(globalThis, {
+      setTimeout: (ring: () => void, delay: number) => this.startTimer(ring, delay),
+      clearTimeout: (timer: never) => this.timers.delete(timer),
+    });
+  }
+
+  countTimers(): number {
+    return this.timers.size;
+  }
+
+  /** Rings the timers that run now and are due within that time, in milliseconds. */
+  pass(time: number): void {
+    const due = [...this.timers].filter(({ delay }) => delay <= time);
+    for (const timer of due) {
+      this.timers.delete(timer);
+      timer.ring();
+      drainMicrotasks();
+    }
+  }
+
+  private startTimer(ring: () => void, delay: number): unknown {
+    const timer = { ring, delay };
+    this.timers.add(timer);
+    return timer;
   }
 }
 
@@ -2538,17 +2804,15 @@ class Caller {
 class PlayedConnection extends Network {
   private isWriteShort = false; // Bun owes a `drain`.
   private hasToldEnd = false; // Bun calls `end` once.
-  private timers = new Set<{ delay: number; ring: () => void }>(); // not rung yet
+  private readonly clock = new PlayedClock();
   private immediates: (() => void)[] = []; // what `setImmediate` was given in this turn
   private readonly socket = this.playedSocket();
   private readonly caller: Caller;
 
-  /** Also takes the place of the timers. `REAL_TIMERS` has the real ones. */
+  /** Also takes the place of `setImmediate`. `REAL_TIMERS` has the real one. */
   constructor() {
     super();
     Object.assign(globalThis, {
-      setTimeout: (ring: () => void, delay: number) => this.startTimer(ring, delay),
-      clearTimeout: (timer: never) => this.timers.delete(timer),
       setImmediate: (callback: () => void) => this.immediates.push(callback),
     });
     const connection = new Connection(this.socket, TIMEOUT);
@@ -2556,12 +2820,12 @@ class PlayedConnection extends Network {
     this.caller = new Caller(connection, this.outcomes);
   }
 
-  countTimers(): number {
-    return this.timers.size;
-  }
-
   recv(): void {
     this.caller.recv();
+  }
+
+  recvUntil(): void {
+    this.caller.recvUntil();
   }
 
   sendAll(): void {
@@ -2576,11 +2840,19 @@ class PlayedConnection extends Network {
     this.caller.close();
   }
 
+  abort(): void {
+    this.caller.abort();
+  }
+
+  countTimers(): number {
+    return this.clock.countTimers();
+  }
+
   /** Bun looks at its sockets, then at its timers, then at what waits for the turn to be over. */
   turn(): void {
     drainMicrotasks();
     this.poll();
-    this.ringTimers(0);
+    this.clock.pass(0);
     const { immediates } = this;
     this.immediates = [];
     for (const callback of immediates) callback();
@@ -2590,7 +2862,7 @@ class PlayedConnection extends Network {
   /** A process that was busy for a minute hears of its timers before it hears of its sockets. */
   aMinutePasses(): void {
     drainMicrotasks();
-    this.ringTimers(60_000);
+    this.clock.pass(60_000);
     this.turn();
   }
 
@@ -2607,10 +2879,15 @@ class PlayedConnection extends Network {
       write: (bytes: Uint8Array, start: number, count: number) => {
         return this.write(Buffer.from(bytes).toString("latin1", start, start + count));
       },
-      shutdown: () => {
-        this.hasSentFin = true;
+      shutdown: () => this.sendFin(),
+      end: () => {
+        this.sendFin();
+        this.closeSocket();
       },
-      end: () => this.closeSocket(),
+      terminate: () => {
+        this.sendReset();
+        this.closeSocket();
+      },
     };
     return socket as unknown as Socket<Connection>;
   }
@@ -2661,71 +2938,83 @@ class PlayedConnection extends Network {
     handler(this.socket, bytes);
     drainMicrotasks();
   }
-
-  private startTimer(ring: () => void, delay: number): unknown {
-    const timer = { ring, delay };
-    this.timers.add(timer);
-    return timer;
-  }
-
-  private ringTimers(time: number): void {
-    const due = [...this.timers].filter(({ delay }) => delay <= time);
-    for (const timer of due) {
-      this.timers.delete(timer);
-      timer.ring();
-      drainMicrotasks();
-    }
-  }
 }
 
-/** What the peer of a real connection has received. */
-type Received = { text: string };
+/** More than a kernel takes at once. Of these zeros, the peer notes one "!" for all. */
+const TOO_MUCH = Buffer.alloc(64 * MiB);
 
-/** A `Connection` over a real socket, and its peer, a socket of Bun, which does all at once. */
+/** What the peer of a real connection has seen. */
+type Seen = { text: string; ending: Ending };
+
+/**
+ * A `Connection` over a real socket, and its peer, a socket of Bun, which does all at once. Only
+ * the clock is played, so that a minute takes no time.
+ */
 class RealConnection extends Caller {
-  private countArrived = 0;
-  private readonly peer: Socket<Received>;
+  /** Whether a write of the peer has met a reset. Bun then tells it of an end that was none. */
+  hasPeerMetReset = false;
+  private pieces = 0;
+  private readonly peer: Socket<Seen>;
+  private readonly clock: PlayedClock;
 
-  constructor(connection: Connection, peer: Socket<Received>) {
+  constructor(connection: Connection, peer: Socket<Seen>, clock: PlayedClock) {
     super(connection, []);
     this.peer = peer;
+    this.clock = clock;
   }
 
   static async open(): Promise<RealConnection> {
-    const accepted = Promise.withResolvers<Socket<Received>>();
-    const listener = Bun.listen<Received>({
+    const clock = new PlayedClock();
+    const accepted = Promise.withResolvers<Socket<Seen>>();
+    const listener = Bun.listen<Seen>({
       hostname: "127.0.0.1",
       port: 0,
       allowHalfOpen: true,
       socket: {
         open(peer) {
-          peer.data = { text: "" };
+          peer.data = { text: "", ending: "no end" };
           accepted.resolve(peer);
         },
         data(peer, bytes) {
           peer.data.text += String(bytes);
         },
-        end() {}, // Without this, Bun would end this side, too.
+        end(peer) {
+          peer.data.ending = "an end";
+        },
+        close(peer, error) {
+          // When both sides have ended, Bun does not call `end` before.
+          if (peer.data.ending === "no end") peer.data.ending = error ? "a reset" : "an end";
+        },
       },
     });
-    const sock = await connect("127.0.0.1", listener.port);
+    const sock = await connect("127.0.0.1", listener.port, TIMEOUT);
     const peer = await accepted.promise;
     listener.stop();
-    return new RealConnection(sock, peer);
+    return new RealConnection(sock, peer, clock);
   }
 
   end(): void {
-    this.close();
     this.peer.terminate();
   }
 
-  get received(): string {
-    return this.peer.data.text;
+  get sent(): string {
+    const { text } = this.peer.data;
+    const firstZero = text.indexOf("\0");
+    return firstZero < 0 ? text : `${text.slice(0, firstZero)}!`;
   }
 
-  twoBytesArrive(): void {
-    this.peer.write(ARRIVING.slice(this.countArrived, this.countArrived + 2));
-    this.countArrived += 2;
+  get ending(): Ending {
+    return this.peer.data.ending;
+  }
+
+  countTimers(): number {
+    return this.clock.countTimers();
+  }
+
+  pieceArrives(): void {
+    const written = this.peer.write(`${PIECES[this.pieces]}`);
+    this.pieces += 1;
+    if (written < 0) this.hasPeerMetReset = true;
   }
 
   peerEnds(): void {
@@ -2736,9 +3025,41 @@ class RealConnection extends Caller {
     this.peer.terminate();
   }
 
-  /** Bun needs a turn to hear of what has happened, and a 64th call needs another one. */
-  async turn(): Promise<void> {
-    await eventLoopTurn();
-    await eventLoopTurn();
+  /** Sends more than the kernel takes, to a peer that does not read. */
+  sendTooMuch(): void {
+    this.peer.pause();
+    this.send(TOO_MUCH);
   }
+
+  peerReads(): void {
+    this.peer.resume();
+  }
+
+  async threeMinutesPass(): Promise<void> {
+    drainMicrotasks();
+    for (let i = 0; i < 3; i += 1) {
+      this.clock.pass(60_000);
+      await this.turn();
+      this.clock.pass(0);
+      await this.turn();
+    }
+  }
+
+  /** Bun looks at its sockets between two immediates. */
+  async turn(): Promise<void> {
+    await nextImmediate();
+    await nextImmediate();
+  }
+
+  /** Lets the event loop turn until `isSeen`, in case the kernel is late: at most 100 times. */
+  async turnUntil(isSeen: () => boolean): Promise<void> {
+    for (let i = 0; i < 100; i += 1) {
+      if (isSeen()) return;
+      await this.turn();
+    }
+  }
+}
+
+function nextImmediate(): Promise<void> {
+  return new Promise((resolve) => setImmediate(resolve));
 }
