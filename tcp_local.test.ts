@@ -2147,7 +2147,8 @@ function countDescriptors(pid: number): number {
  *
  * 1. Add its name to `RECEIVING_MOVES` or `SENDING_MOVES`. It is then part of every sequence, played
  *    and real, and `bun check` tells which classes lack it.
- * 2. Add it to `BlockingSocket`: what it promises. One that waits for bytes calls `receive`.
+ * 2. Add it to `BlockingSocket`: what it promises. One that waits for bytes calls `receive`, with how
+ *    many of the unread bytes it takes.
  * 3. Add it to `Caller`, which calls the method itself. `RealConnection` inherits it.
  * 4. Add it to `PlayedConnection`, which passes the call on to its `Caller`.
  */
@@ -2179,14 +2180,18 @@ describe("every order of events", () => {
   test.each([1, 2, 3])(
     "agrees with the model on real sockets for every sequence of %p moves, however they fall into turns",
     async (length) => {
+      using listener = new PeerListener();
       for (const moves of sequences(length, REAL_MOVES)) {
-        for (const turns of divisions(moves)) await compareReal(turns);
+        for (const turns of divisions(moves)) await compareReal(turns, listener);
       }
     },
   );
 
   test("agrees with the model on real sockets for every sequence of 4 quick moves", async () => {
-    for (const moves of sequences(4, QUICK_REAL_MOVES)) await compareReal(oneATurn(moves));
+    using listener = new PeerListener();
+    for (const moves of sequences(4, QUICK_REAL_MOVES)) {
+      await compareReal(oneATurn(moves), listener);
+    }
   });
 });
 
@@ -2309,8 +2314,8 @@ function play(turns: Move[][]): { got: string; want: string } {
  * Makes the moves with a real connection and the model, then closes both. Throws if they do not show
  * the same calls after a turn, or the same to the peer in the end.
  */
-async function compareReal(turns: RealMove[][]): Promise<void> {
-  const real = await RealConnection.open();
+async function compareReal(turns: RealMove[][], listener: PeerListener): Promise<void> {
+  const real = await listener.connect();
   const model = new BlockingSocket();
   model.room = Infinity;
   const made: RealMove[][] = [];
@@ -2988,36 +2993,6 @@ class RealConnection extends Caller {
     this.clock = clock;
   }
 
-  static async open(): Promise<RealConnection> {
-    const clock = new PlayedClock();
-    const accepted = Promise.withResolvers<Socket<Seen>>();
-    const listener = Bun.listen<Seen>({
-      hostname: "127.0.0.1",
-      port: 0,
-      allowHalfOpen: true,
-      socket: {
-        open(peer) {
-          peer.data = { text: "", ending: "nothing" };
-          accepted.resolve(peer);
-        },
-        data(peer, bytes) {
-          peer.data.text += String(bytes);
-        },
-        end(peer) {
-          peer.data.ending = "an end";
-        },
-        close(peer, error) {
-          // When both sides have ended, Bun does not call `end` before.
-          if (peer.data.ending === "nothing") peer.data.ending = error ? "a reset" : "an end";
-        },
-      },
-    });
-    const sock = await connect("127.0.0.1", listener.port, TIMEOUT);
-    const peer = await accepted.promise;
-    listener.stop();
-    return new RealConnection(sock, peer, clock);
-  }
-
   end(): void {
     this.peer.terminate();
   }
@@ -3082,6 +3057,44 @@ class RealConnection extends Caller {
       if (isSeen()) return;
       await this.turn();
     }
+  }
+}
+
+/** Listens for the peers of real connections. Declare it with `using`. */
+class PeerListener {
+  private accept = (_peer: Socket<Seen>) => {};
+  private readonly listener = Bun.listen<Seen>({
+    hostname: "127.0.0.1",
+    port: 0,
+    allowHalfOpen: true,
+    socket: {
+      open: (peer) => {
+        peer.data = { text: "", ending: "nothing" };
+        this.accept(peer);
+      },
+      data(peer, bytes) {
+        peer.data.text += String(bytes);
+      },
+      end(peer) {
+        peer.data.ending = "an end";
+      },
+      close(peer, error) {
+        // When both sides have ended, Bun does not call `end` before.
+        if (peer.data.ending === "nothing") peer.data.ending = error ? "a reset" : "an end";
+      },
+    },
+  });
+
+  async connect(): Promise<RealConnection> {
+    const clock = new PlayedClock();
+    const { promise: accepted, resolve } = Promise.withResolvers<Socket<Seen>>();
+    this.accept = resolve;
+    const sock = await connect("127.0.0.1", this.listener.port, TIMEOUT);
+    return new RealConnection(sock, await accepted, clock);
+  }
+
+  [Symbol.dispose](): void {
+    this.listener.stop();
   }
 }
 
