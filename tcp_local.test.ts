@@ -2121,34 +2121,36 @@ function countDescriptors(pid: number): number {
  *
  * - `BlockingSocket` is the model. It says what a connection promises, as plain changes of state:
  *   there are no events in it, and no `await`.
- * - `PlayedConnection` is a `Connection` whose socket, timers and event loop are played. They do what
- *   Bun's were seen to do. This takes microseconds, and the kernel has room for exactly one message.
- * - `RealConnection` is a `Connection` over a real socket. It shows that Bun and the kernel still do
- *   what is played.
+ * - `PlayedConnection` is a `Connection` whose socket, timers and event loop are played. They do
+ *   what Bun's were seen to do. This takes microseconds, and a test decides how much room the
+ *   kernel has.
+ * - `RealConnection` is a `Connection` over a real socket. It shows that Bun and the kernel still
+ *   do what is played.
  * - `Network` is the kernel and the peer, as both the model and the played connection see them.
  *
- * One sequence, step by step, as the model has it:
+ * One sequence, step by step, as the model has it. At first the kernel has room for one message,
+ * which is three bytes.
  *
  *     sendAll           The kernel takes "ABC": `sent` is "ABC", `room` is 0, the call is done.
- *     roomForTwoBytes   `room` is 2. In this turn Bun tells of it, and nobody waits for it.
+ *     roomForTwoBytes   `room` is 2. Bun tells of it, and no call waits for it.
  *     sendAll           The kernel takes "DE": `sent` is "ABCDE". The call waits with "F".
- *     aMinutePasses     The call rejects with `TIMED_OUT`. "ABCDE" is not made of whole messages, so
- *                       the stream is torn.
- *     close             A torn stream must not look whole: the peer sees a reset, not an end.
+ *     aMinutePasses     The call rejects with `TIMED_OUT`. "ABCDE" does not consist of whole
+ *                       messages, which is what `isTorn` asks.
+ *     close             A torn stream must not look whole. The peer sees a reset, not an end.
  *
- * If the program takes no notice of a message that was sent in part, the shortest sequence that
- * shows this is told:
+ * If the program forgot that a part of a message was sent, the test would fail with the shortest
+ * sequence that shows it:
  *
  *     after roomForOneByte; then sendAll; then shutdown
- *      got [sendAll: EPIPE: this side has called shutdown], …, the peer sees "A" and then an end, …
- *     want [sendAll: EPIPE: this side has called shutdown], …, the peer sees "A" and then nothing, …
+ *      got [sendAll: EPIPE: …], timers: 0, the peer sees "A" and then an end, …
+ *     want [sendAll: EPIPE: …], timers: 0, the peer sees "A" and then nothing, …
  *
  * To add a method to `Connection`:
  *
- * 1. Add its name to `RECEIVING_MOVES` or `SENDING_MOVES`. It is then part of every sequence, played
- *    and real, and `bun check` tells which classes lack it.
- * 2. Add it to `BlockingSocket`: what it promises. One that waits for bytes calls `receive`, with how
- *    many of the unread bytes it takes.
+ * 1. Add its name to `RECEIVING_MOVES` or `SENDING_MOVES`. It is then part of every sequence, and
+ *    `bun check` tells which of the three classes below lack it.
+ * 2. Add it to `BlockingSocket`: what it promises. One that waits for bytes calls `receive`, and
+ *    says how many of the unread bytes it takes.
  * 3. Add it to `Caller`, which calls the method itself. `RealConnection` inherits it.
  * 4. Add it to `PlayedConnection`, which passes the call on to its `Caller`.
  */
@@ -2159,7 +2161,7 @@ describe("every order of events", () => {
 
   // The shorter sequences come first, so that the first failure is the shortest.
   test.each([1, 2, 3, 4])(
-    "agrees with the model for every sequence of %p moves, however they fall into turns",
+    "agrees with the model for every %p moves, however they fall into turns",
     (length) => {
       for (const moves of sequences(length, MOVES)) {
         for (const turns of divisions(moves)) compare(turns);
@@ -2167,18 +2169,18 @@ describe("every order of events", () => {
     },
   );
 
-  test("agrees with the model for every sequence of 5 moves, if the connection only receives", () => {
+  test("agrees with the model for every sequence of 5 moves of a connection that receives", () => {
     const some = [...RECEIVING_MOVES, "close", "aMinutePasses"] as const;
     for (const moves of sequences(5, some)) compare(oneATurn(moves));
   });
 
-  test("agrees with the model for every sequence of 5 moves, if the connection only sends", () => {
+  test("agrees with the model for every sequence of 5 moves of a connection that sends", () => {
     const some = [...SENDING_MOVES, ...ROOM_MOVES, "close", "aMinutePasses"] as const;
     for (const moves of sequences(5, some)) compare(oneATurn(moves));
   });
 
   test.each([1, 2, 3])(
-    "agrees with the model on real sockets for every sequence of %p moves, however they fall into turns",
+    "agrees with the model on real sockets for every %p moves, however they fall into turns",
     async (length) => {
       using listener = new PeerListener();
       for (const moves of sequences(length, REAL_MOVES)) {
@@ -2187,7 +2189,7 @@ describe("every order of events", () => {
     },
   );
 
-  test("agrees with the model on real sockets for every sequence of 4 quick moves", async () => {
+  test("agrees with the model on real sockets for every sequence of 4 moves that are quick", async () => {
     using listener = new PeerListener();
     for (const moves of sequences(4, QUICK_REAL_MOVES)) {
       await compareReal(oneATurn(moves), listener);
@@ -2311,8 +2313,8 @@ function play(turns: Move[][]): { got: string; want: string } {
 }
 
 /**
- * Makes the moves with a real connection and the model, then closes both. Throws if they do not show
- * the same calls after a turn, or the same to the peer in the end.
+ * Makes the moves with a real connection and the model, then closes both. Throws if they do not
+ * show the same calls after a turn, or the same to the peer in the end.
  */
 async function compareReal(turns: RealMove[][], listener: PeerListener): Promise<void> {
   const real = await listener.connect();
@@ -2371,13 +2373,13 @@ type Call = {
 };
 const WAITS = "waits"; // the outcome until then
 
-/** What the peer sees after the last byte. */
+/** What the peer sees after the last byte. An end says that it has seen all there is. */
 type Ending = "nothing" | "an end" | "a reset";
 
 /**
  * The kernel and the peer, and when Bun looks at them. The model and the played connection have
- * this in common. So a mistake here, above all in `isReading` or `isRoomTold`, is made on both sides
- * and not noticed. Only the runs on real sockets can show it.
+ * this in common. A mistake here, above all in `isReading` or `isRoomTold`, is therefore made on
+ * both sides and not noticed. Only the runs on real sockets can show it.
  */
 class Network {
   /** What has arrived in the kernel, and Bun has not read. */
@@ -2489,7 +2491,7 @@ class BlockingSocket extends Network {
   writers: Writer[] = [];
   /** How many messages `sendAll` was given. */
   messages = 0;
-  /** Whether a `sendAll` has failed while others waited behind it, which then lack it. */
+  /** Whether a `sendAll` has failed while others waited behind it: its message is missing. */
   lacksMessage = false;
   /** Whether `shutdown` was called: this side sends no more. */
   hasShutDown = false;
@@ -2507,7 +2509,7 @@ class BlockingSocket extends Network {
     this.receive("recv", (unread) => Math.min(unread.length, MAX_LENGTH));
   }
 
-  /** Waits for a delimiter, and resolves to the bytes up to its end, if they are not too many. */
+  /** Resolves to what has arrived, up to the end of a delimiter, or to all that it may take. */
   recvUntil(): void {
     this.receive("recvUntil", (unread) => {
       const allowed = unread.slice(0, MAX_LENGTH);
@@ -2717,7 +2719,7 @@ class BlockingSocket extends Network {
     this.writers = [];
   }
 
-  /** The first call times out. Those behind it have not been sending, and must not go without it. */
+  /** The first call fails. Those behind it must not be sent without it. */
   private timeOutWriter(): void {
     const first = this.writers.shift();
     if (first === undefined) return;
@@ -2830,7 +2832,7 @@ class PlayedClock {
   }
 }
 
-/** A `Connection` whose socket, timers and event loop are played, as Bun was seen to do on Linux. */
+/** A `Connection` whose socket, timers and event loop do what Bun's were seen to do on Linux. */
 class PlayedConnection extends Network {
   private isWriteShort = false; // Bun owes a `drain`.
   private hasToldEnd = false; // Bun calls `end` once.
