@@ -2189,7 +2189,7 @@ describe("every order of events", () => {
     },
   );
 
-  test("agrees with the model on real sockets for every sequence of 4 moves that are quick", async () => {
+  test("agrees with the model on real sockets for every 4 of the quick moves", async () => {
     using listener = new PeerListener();
     for (const moves of sequences(4, QUICK_REAL_MOVES)) {
       await compareReal(oneATurn(moves), listener);
@@ -2378,8 +2378,9 @@ type Ending = "nothing" | "an end" | "a reset";
 
 /**
  * The kernel and the peer, and when Bun looks at them. The model and the played connection have
- * this in common. A mistake here, above all in `isReading` or `isRoomTold`, is therefore made on
- * both sides and not noticed. Only the runs on real sockets can show it.
+ * this in common. A mistake here is therefore made on both sides and not noticed. Only the runs on
+ * real sockets show one in `isReading`. They do not show one in `isRoomTold`, for in them the
+ * kernel never has room again. That `sendAll` goes on is for its own tests to show.
  */
 class Network {
   /** What has arrived in the kernel, and Bun has not read. */
