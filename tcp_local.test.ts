@@ -2773,18 +2773,13 @@ class Caller {
   }
 
   protected send(message: string | Buffer): void {
-    const sent = this.connection.sendAll(message);
-    this.note(
-      "sendAll",
-      sent.then(() => "sent"),
-    );
+    const showSent = () => "sent";
+    this.note("sendAll", this.connection.sendAll(message).then(showSent));
   }
 
   private noteBytes(name: string, received: Promise<Buffer>): void {
-    this.note(
-      name,
-      received.then((bytes) => (bytes.length === 0 ? "end" : String(bytes))),
-    );
+    const showBytes = (bytes: Buffer) => (bytes.length === 0 ? "end" : String(bytes));
+    this.note(name, received.then(showBytes));
   }
 
   private note(name: string, result: Promise<string>): void {
