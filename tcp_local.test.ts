@@ -2658,15 +2658,17 @@ class BlockingSocket extends Network {
     this.isDisconnected = true;
   }
 
-  /** Gives the reader its bytes, or else the end, or else the reason why there is neither. */
+  /**
+   * Gives the reader its bytes. If they will not come any more, it gives what is left at the end of
+   * the stream, or the reason why there is no end.
+   */
   private settleReader(): void {
     if (this.reader === undefined) return;
     const { call, readyLength } = this.reader;
     const length = readyLength(this.unread);
     if (length > 0) call.outcome = this.takeUnread(length);
     else if (this.hasClosed) call.outcome = CLOSED;
-    else if (this.peerHasEnded)
-      call.outcome = this.takeUnread(MAX_LENGTH) || "end"; // the rest
+    else if (this.peerHasEnded) call.outcome = this.takeUnread(MAX_LENGTH) || "end";
     else if (this.isDisconnected) call.outcome = this.failure;
     const isSettled = call.outcome !== WAITS;
     if (isSettled) this.reader = undefined;
