@@ -2142,8 +2142,8 @@ function countDescriptors(pid: number): number {
  * sequence that shows it:
  *
  *     after roomForOneByte; then sendAll; then shutdown
- *      got [sendAll: EPIPE: …], timers: 0, the peer sees "A" and then an end, …
- *     want [sendAll: EPIPE: …], timers: 0, the peer sees "A" and then nothing, …
+ *      got [sendAll: EPIPE: …], timers: [], the peer sees "A" and then an end, …
+ *     want [sendAll: EPIPE: …], timers: [], the peer sees "A" and then nothing, …
  *
  * To add a method to `Connection`:
  *
@@ -2227,6 +2227,7 @@ const DELIMITER = "--";
 /** The most that a call receives. It is more than one piece, and less than two. */
 const MAX_LENGTH = 4;
 const TIMEOUT = 60; // seconds
+const LINGER_TIME = 4; // seconds
 
 /** What a call rejects with: the code, if there is one, and the message. */
 const BUSY = "recv called while another recv is pending";
@@ -2349,9 +2350,9 @@ function shown(socket: PlayedConnection | BlockingSocket): string {
   return `${shownCalls(socket)}, ${shownToPeer(socket)}, ${descriptor}`;
 }
 
-function shownCalls(socket: { calls: Call[]; countTimers(): number }): string {
+function shownCalls(socket: { calls: Call[]; timers(): number[] }): string {
   const calls = socket.calls.map(({ name, outcome }) => `${name}: ${outcome}`);
-  return `[${calls.join(", ")}], timers: ${socket.countTimers()}`;
+  return `[${calls.join(", ")}], timers: [${socket.timers().join(", ")}]`;
 }
 
 function shownToPeer(socket: { sent: string; ending: Ending }): string {
@@ -2622,11 +2623,14 @@ class BlockingSocket extends Network {
     for (let i = 0; i < 3; i += 1) this.aMinutePasses();
   }
 
-  /** How many timers run: one for each wait, the lingering included. */
-  countTimers(): number {
+  /** The timers that run, in seconds: one for whatever waits. */
+  timers(): number[] {
+    const timers: number[] = [];
+    if (this.reader !== undefined) timers.push(TIMEOUT);
+    if (this.writers.length > 0) timers.push(TIMEOUT);
     const isLingering = this.hasClosed && this.isOpen;
-    const waits = [this.reader !== undefined, this.writers.length > 0, isLingering];
-    return waits.filter((isWaiting) => isWaiting).length;
+    if (isLingering) timers.push(LINGER_TIME);
+    return timers;
   }
 
   private readKernel(): void {
@@ -2800,24 +2804,25 @@ class Caller {
 
 /** Takes the place of the real timers. Its own ring when a test lets time pass. */
 class PlayedClock {
-  private readonly timers = new Set<{ delay: number; ring: () => void }>();
+  private readonly running = new Set<{ delay: number; ring: () => void }>();
 
   constructor() {
     Object.assign(globalThis, {
       setTimeout: (ring: () => void, delay: number) => this.startTimer(ring, delay),
-      clearTimeout: (timer: never) => this.timers.delete(timer),
+      clearTimeout: (timer: never) => this.running.delete(timer),
     });
   }
 
-  countTimers(): number {
-    return this.timers.size;
+  /** The timers that run, in seconds. */
+  timers(): number[] {
+    return [...this.running].map(({ delay }) => delay / 1000);
   }
 
   /** Rings the timers that run now and are due within so many milliseconds. */
   pass(time: number): void {
-    const due = [...this.timers].filter(({ delay }) => delay <= time);
+    const due = [...this.running].filter(({ delay }) => delay <= time);
     for (const timer of due) {
-      this.timers.delete(timer);
+      this.running.delete(timer);
       timer.ring();
       drainMicrotasks();
     }
@@ -2825,7 +2830,7 @@ class PlayedClock {
 
   private startTimer(ring: () => void, delay: number): unknown {
     const timer = { ring, delay };
-    this.timers.add(timer);
+    this.running.add(timer);
     return timer;
   }
 }
@@ -2874,8 +2879,8 @@ class PlayedConnection extends Network {
     this.caller.abort();
   }
 
-  countTimers(): number {
-    return this.clock.countTimers();
+  timers(): number[] {
+    return this.clock.timers();
   }
 
   /** Bun looks at its sockets, then at its timers, then at what waits for the turn to be over. */
@@ -3007,8 +3012,8 @@ class RealConnection extends Caller {
     return this.peer.data.ending;
   }
 
-  countTimers(): number {
-    return this.clock.countTimers();
+  timers(): number[] {
+    return this.clock.timers();
   }
 
   pieceArrives(): void {
