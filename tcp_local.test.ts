@@ -2160,7 +2160,7 @@ describe("every order of events", () => {
   });
 
   // The shorter sequences come first, so that the first failure is the shortest. The lengths are
-  // what fits into three seconds. One move more takes about forty for each of the longest tests.
+  // what fits into three seconds. With one move more, the longest tests take up to forty each.
   test.each([1, 2, 3, 4])(
     "agrees with the model for every %p moves, however they fall into turns",
     (length) => {
