@@ -11,7 +11,7 @@
  * `recv` puts a message back together. Bun has no `recv`: it hands each piece to a `data` handler
  * as it arrives.
  *
- * The second half of this file therefore provides the socket that such a loop needs: a
+ * The rest of this file, below the program, therefore provides the socket that such a loop needs: a
  * `Connection`, whose `recv` can be awaited.
  */
 import type { Socket, SocketHandler, TCPSocketListener } from "bun";
@@ -21,17 +21,17 @@ export const PORT = 1060;
 
 /**
  * Receives exactly `length` bytes, and resolves to them in a new buffer. `sock` is anything with a
- * `recv` that resolves to between 1 and `maxLength` bytes, or to an empty array at the end of the
- * stream.
+ * `recv(maxLength)` that resolves to between 1 and `maxLength` bytes, or to an empty array at the
+ * end of the stream.
  *
  * `recv` is never asked for more bytes than are missing, so whatever follows the message is left
  * for the next call. A `length` of 0 reads nothing. If `sock` has a timeout, it applies to each
  * `recv`, not to the whole message.
  *
  * Rejects with an `EOFError` if the stream ends first, and with `recv`'s own error if `recv`
- * rejects. The part of the message that had arrived is then no longer in the socket, so close the
- * connection after any such error, even a timeout. Rejects with a `RangeError` if `length` is not a
- * non-negative integer.
+ * rejects. If that happens in the middle of a message, close the connection, even after a timeout:
+ * the part that had arrived is no longer in the socket. Rejects with a `RangeError` if `length` is
+ * not a non-negative integer, and with a `TypeError` if `recv` resolves to anything but bytes.
  */
 export async function recvAll(
   sock: {
@@ -44,6 +44,7 @@ export async function recvAll(
     throw new RangeError(`length must be a non-negative integer, not ${length}`);
   }
   // Only for speed: if the whole message has arrived, a `Connection` hands it over in one step.
+  // That saves a server of small messages a tenth of its processor time.
   const whole = sock.tryRecvAll?.(length);
   if (whole !== undefined) return whole;
   const data = Buffer.alloc(length);
@@ -108,7 +109,7 @@ export async function client(
   port: number = PORT,
   timeout: number = 60,
 ): Promise<void> {
-  using s = await connect(host, port, timeout); // Like Python's `with`: closes it at the end.
+  using s = await connect(host, port, timeout); // Like Python's `with`: closes `s` at the end.
   console.log(`Client has been assigned socket name ${s.sockname}`);
   await s.sendAll("Hi there, server");
   const reply = await recvAll(s, 16);
@@ -162,13 +163,13 @@ const REASONS: Record<string, string> = {
  * - `ETIMEDOUT`: The timeout expired.
  * - `ECONNREFUSED`: Nothing listens at that address, or there is no route to it.
  * - `ECONNRESET`: The peer reset the connection.
- * - `EPIPE`: This side has called `shutdown`, or an earlier `sendAll` failed partway. Or the peer
+ * - `EPIPE`: This side has called `shutdown`, an earlier `sendAll` failed partway, or the peer
  *   ended its stream and then reset the connection.
  * - `EHOSTUNREACH`: The peer, or the network to it, has vanished.
  * - `EBADF`: This side has called `close` or `abort`.
  * - `ECONNABORTED`: The connection was cut off on this side, by `stop(true)` on Bun's listener or
- *   by the system (`ss -K` does that). After `shutdown`, Bun reports this like the end of the
- *   peer's stream, and `recv` resolves to an empty buffer.
+ *   by the system, as `ss -K` does. (After `shutdown`, Bun does not distinguish this from the end
+ *   of the peer's stream, and `recv` resolves to an empty buffer.)
  *
  * Other codes, such as `EADDRINUSE`, come from the system or from Bun. If Bun reports an error
  * without a code, `code` is empty.
@@ -197,12 +198,12 @@ function toSocketError(summary: string, cause: unknown): unknown {
 }
 
 /**
- * Turns `blank` into a copy of `error`. An error of another class is returned as it is.
+ * Turns `blank` into a copy of `error`. Any other error is returned unchanged.
  *
- * If a function is called at the top level of a module, an error that it creates after an `await`
- * does not have the caller in its stack. `connect` and `listen` therefore create a blank error at
- * once, and fill it in when they fail, which makes an uncaught error point to the line that called
- * them.
+ * In Bun, the stack of an error that is created after an `await` includes the async functions that
+ * are waiting, but not a module that waits at its top level, where `connect` and `listen` are
+ * usually called. They therefore create a blank error at once, and fill it in when they fail. An
+ * uncaught error then points to the line that called them.
  */
 function fillIn(blank: SocketError, error: unknown): unknown {
   if (!(error instanceof SocketError)) return error;
@@ -229,7 +230,7 @@ function checkHost(host: string): void {
 }
 
 function checkTimeout(timeout: number): void {
-  const isPositive = typeof timeout === "number" && timeout > 0; // false for NaN, too
+  const isPositive = typeof timeout === "number" && timeout > 0; // also false for NaN
   if (!isPositive) {
     throw new RangeError(`timeout must be a number of seconds above 0, not ${timeout}`);
   }
@@ -248,18 +249,18 @@ class Condition {
   #resolve: ((isNotified: boolean) => void) | undefined;
   #timer: ReturnType<typeof setTimeout> | undefined;
 
-  get isAwaited(): boolean {
+  get hasWaiter(): boolean {
     return this.#resolve !== undefined;
   }
 
   /** Resolves to true when `notify` is called, or to false after `timeout` seconds. */
   wait(timeout: number): Promise<boolean> {
-    const { promise, resolve } = Promise.withResolvers<boolean>();
-    this.#resolve = resolve;
     if (timeout <= LONGEST_TIMEOUT) {
       this.#timer = setTimeout(() => this.#onTimer(), timeout * 1000);
     }
-    return promise;
+    return new Promise((resolve) => {
+      this.#resolve = resolve;
+    });
   }
 
   notify(): void {
@@ -268,7 +269,7 @@ class Condition {
 
   #onTimer(): void {
     // If the process was busy, the timer may fire before Bun has read bytes that arrived in time.
-    // One more round of the event loop gives `notify` the chance to come first.
+    // One more round of the event loop gives `notify` a chance to come first.
     this.#timer = setTimeout(() => this.#endWait(false), 0);
   }
 
@@ -289,29 +290,35 @@ class ReceiveBuffer {
     return this.#bytes.length - this.#taken;
   }
 
-  /** Adds bytes at the end. An empty buffer keeps them without a copy. */
+  /** Adds bytes at the end. If there are no others, keeps `bytes` itself, without a copy. */
   add(bytes: Buffer): void {
     const isEmpty = this.length === 0;
     this.#bytes = isEmpty ? bytes : Buffer.concat([this.#bytes.subarray(this.#taken), bytes]);
     this.#taken = 0;
   }
 
-  /** The length up to and including the first `delimiter`, or 0 if `maxLength` bytes have none. */
+  /**
+   * The length up to and including the first `delimiter`, or 0 if the first `maxLength` bytes do
+   * not contain it.
+   */
   lengthThrough(delimiter: Uint8Array, maxLength: number): number {
     const first = this.#bytes.subarray(this.#taken, this.#taken + maxLength);
     const index = first.indexOf(delimiter);
     return index < 0 ? 0 : index + delimiter.length;
   }
 
-  /** Takes the first bytes, at most `maxLength`, as a buffer that shares no memory. */
+  /**
+   * Takes the first bytes, at most `maxLength`, as a buffer that shares no memory with this one.
+   */
   take(maxLength: number): Buffer {
     const bytes = this.#bytes;
     const start = this.#taken;
     const end = Math.min(start + maxLength, bytes.length);
     this.#taken = end;
-    if (end === bytes.length) this.clear();
-    const isWholePiece = start === 0 && end === bytes.length;
-    return isWholePiece ? bytes : Buffer.copyBytesFrom(bytes, start, end - start);
+    if (end === bytes.length) this.clear(); // so that the memory can be freed
+    const isAll = start === 0 && end === bytes.length;
+    if (isAll) return bytes;
+    return Buffer.copyBytesFrom(bytes, start, end - start);
   }
 
   /** Gives memory back if less than half of it is still needed. */
@@ -328,14 +335,15 @@ class ReceiveBuffer {
 }
 
 /**
- * Lets in one caller at a time, in the order in which they came: Python's `asyncio.Lock`, but one
- * that is acquired without waiting where it can be.
+ * Lets in one caller at a time, in the order in which they came: Python's `asyncio.Lock`. In
+ * JavaScript, even an `await` with nothing to wait for lets other code run first, so a free lock is
+ * acquired with `tryAcquire`, without an `await`.
  */
 class Lock {
   #isHeld = false;
   readonly #queue: (() => void)[] = [];
 
-  get isAwaited(): boolean {
+  get hasWaiters(): boolean {
     return this.#queue.length > 0;
   }
 
@@ -352,7 +360,7 @@ class Lock {
   }
 
   release(): void {
-    // It stays held for the next in the queue, so that nobody overtakes them.
+    // The lock stays held for the next in the queue, so that nobody overtakes them.
     const next = this.#queue.shift();
     if (next) next();
     else this.#isHeld = false;
@@ -378,7 +386,7 @@ function eventLoopTurn(): Promise<void> {
   return new Promise((resolve) => setImmediate(resolve));
 }
 
-/** How long `close` waits for the peer to close as well, in seconds. */
+/** How long a closed connection lingers until its peer closes as well, in seconds. See `close`. */
 const LINGER_TIME = 4;
 
 /**
@@ -391,23 +399,40 @@ const LINGER_TIME = 4;
  *     using sock = await connect("127.0.0.1", 1060);
  *     await sock.sendAll("Hi there, server");
  *     const reply = await recvAll(sock, 16);
+ *
+ * What the calls do after each of these, and what the peer sees (for gaps, see `sendAll`):
+ *
+ * | after                        | `recv`                               | `sendAll`        | the peer sees        |
+ * | ---------------------------- | ------------------------------------ | ---------------- | -------------------- |
+ * | the end of the peer's stream | resolves to an empty buffer          | sends            |                      |
+ * | a reset, or a vanished peer  | gives what had arrived, then rejects | rejects          |                      |
+ * | a timeout                    | receives                             | sends            |                      |
+ * | a `sendAll` that left a gap  | receives                             | rejects: `EPIPE` | a reset, when closed |
+ * | `shutdown`                   | receives                             | rejects: `EPIPE` | the end              |
+ * | `close`                      | rejects: `EBADF`                     | rejects: `EBADF` | the end              |
+ * | `abort`                      | rejects: `EBADF`                     | rejects: `EBADF` | a reset              |
  */
 export class Connection {
+  /**
+   * The address of this end. It is ('0.0.0.0', 0) if the peer reset before Bun could ask for it.
+   */
   readonly sockname: Address;
+  /** The address of the peer. It is ('0.0.0.0', 0) in the same case. */
   readonly peername: Address;
 
   readonly #socket: Socket<Connection>;
-  #timeout: number;
+  #timeout = Infinity;
   readonly #unread = new ReceiveBuffer();
   /** Whether a `recv` is pending. */
   #isReceiving = false;
   /** Held by the `sendAll` that sends, while others wait. */
   readonly #sendLock = new Lock();
   /**
-   * Whether the stream stops in the middle of a `sendAll`, or lacks one that failed while others
-   * were queued behind it. Then it must not end as if it were whole.
+   * Whether the connection has to end with a reset, because the stream stops in the middle of a
+   * `sendAll`, or lacks one that failed while others were queued behind it. An ordinary end would
+   * tell the peer that it has received everything.
    */
-  #isTorn = false;
+  #mustReset = false;
   /** Whether `shutdown` or `close` was called: this side sends no more. */
   #hasShutDown = false;
   /** Whether `close` was called. */
@@ -424,9 +449,7 @@ export class Connection {
   readonly #room = new Condition();
   #lingerTimer: ReturnType<typeof setTimeout> | undefined;
 
-  /**
-   * Bun calls these. They find the connection in `socket.data`, which Bun leaves to the program.
-   */
+  /** Bun calls these, and leaves `socket.data`, where they find the connection, to the program. */
   static readonly handlers: SocketHandler<Connection> = {
     data: (socket, bytes) => socket.data.#onData(bytes),
     end: (socket) => socket.data.#onEnd(),
@@ -434,15 +457,16 @@ export class Connection {
     drain: (socket) => socket.data.#room.notify(),
   };
 
-  /** `socket` is open and has these handlers. The caller stores the connection in its `data`. */
+  /** `socket` is open and has these handlers. The caller stores the connection in `socket.data`. */
   constructor(socket: Socket<Connection>, timeout: number) {
-    checkTimeout(timeout);
     this.#socket = socket;
-    this.#timeout = timeout;
-    // If the peer has already reset the connection, Bun has no addresses.
+    this.timeout = timeout;
+    // If the peer has already reset the connection, Bun has no addresses, whatever the types say.
     this.sockname = new Address(socket.localAddress ?? "0.0.0.0", socket.localPort ?? 0);
     this.peername = new Address(socket.remoteAddress ?? "0.0.0.0", socket.remotePort ?? 0);
-    socket.setKeepAlive(true, 60_000); // in milliseconds; finds out that the peer has vanished
+    // After 60 seconds of silence (Bun counts in milliseconds), the kernel probes ten times, a
+    // second apart, whether the peer is still there.
+    socket.setKeepAlive(true, 60_000);
   }
 
   /**
@@ -452,9 +476,9 @@ export class Connection {
    * `RangeError`.
    *
    * Without a timeout, calls still reject with `EHOSTUNREACH` when the peer has vanished, as in a
-   * power failure. TCP keep-alive notices that after about 70 seconds of silence. If data on its
-   * way to the peer is unacknowledged, Linux retransmits that instead, and gives up after about 15
-   * minutes.
+   * power failure. TCP keep-alive notices that after about 70 seconds of silence. If data that was
+   * sent is still unacknowledged, Linux retransmits it instead of probing, and gives up after about
+   * 15 minutes.
    */
   get timeout(): number {
     return this.#timeout;
@@ -467,10 +491,10 @@ export class Connection {
 
   #onData(bytes: Buffer): void {
     if (this.#hasClosed) return;
-    this.#unread.add(bytes); // which may keep them, for Bun never reuses their memory
+    this.#unread.add(bytes); // Bun never reuses their memory.
     // Backpressure: if no `recv` is waiting, make Bun stop reading until one is. What the peer
     // sends meanwhile fills the kernel's buffer, and then the peer has to wait.
-    if (!this.#arrival.isAwaited) this.#socket.pause();
+    if (!this.#arrival.hasWaiter) this.#socket.pause();
     this.#arrival.notify();
   }
 
@@ -484,12 +508,14 @@ export class Connection {
   #onClose(error?: NodeJS.ErrnoException): void {
     clearTimeout(this.#lingerTimer);
     this.#isDisconnected = true;
-    if (error?.code) {
-      // The peer has stopped answering. An `ETIMEDOUT` would look like the connection's timeout,
-      // after which a caller may try again.
-      const hasVanished = error.code === "ETIMEDOUT";
-      this.#fail(hasVanished ? "EHOSTUNREACH" : error.code);
-    } else if (this.#hasShutDown) {
+    const hasSentEnd = this.#hasShutDown && !this.#mustReset;
+    if (error?.code === "ETIMEDOUT") {
+      // The kernel means that the peer has stopped answering. With its code, that would look like
+      // the connection's timeout, after which a caller may try again.
+      this.#fail("EHOSTUNREACH");
+    } else if (error?.code) {
+      this.#fail(error.code);
+    } else if (hasSentEnd) {
       // When both sides have ended, Bun closes the socket without calling `end` first.
       this.#onEnd();
     } else {
@@ -513,9 +539,9 @@ export class Connection {
    * If the connection breaks, bytes that had already arrived can still be received. After that,
    * `recv` rejects. A `recv` that times out loses nothing, and may be called again.
    *
-   * A connection has one reader at a time: while a `recv`, `recvUntil` or `recvAll` is pending,
-   * another one rejects with an `Error` and leaves the first undisturbed. Rejects with a
-   * `RangeError` if `maxLength` is not a positive integer.
+   * A connection has one reader at a time: while one receives, with `recv`, `recvUntil`, `recvAll`
+   * or `for await`, another one is rejected with an `Error`, and the first is undisturbed. Rejects
+   * with a `RangeError` if `maxLength` is not a positive integer.
    */
   recv(maxLength: number): Promise<Buffer> {
     return this.#receive(maxLength);
@@ -528,12 +554,15 @@ export class Connection {
    * the same.
    *
    * Check that the result ends with the delimiter. If it does not, the text is too long or cut off.
-   * Do not join it with the next result, because the limit may have cut a delimiter in two.
+   * Do not look for the delimiter in the next result, because the limit may have cut it in two: one
+   * result may end with "\r", and the next one begin with "\n".
    *
-   * The timeout restarts with every piece that arrives. A call that rejects loses nothing: the
-   * bytes that it had waited with are left for the next call. Rejects with a `RangeError` if
-   * `delimiter` is empty or `maxLength` is not a positive integer, and with a `TypeError` if
-   * `delimiter` is neither a string nor bytes.
+   * Choose a `maxLength` of kilobytes rather than megabytes, because all of the bytes that wait are
+   * searched again whenever more arrive. The timeout restarts then, too. A call that times out or
+   * meets a reset loses nothing: the bytes that had arrived stay for the next call.
+   *
+   * Rejects with a `RangeError` if `delimiter` is empty or `maxLength` is not a positive integer,
+   * and with a `TypeError` if `delimiter` is neither a string nor bytes.
    */
   recvUntil(delimiter: string | Uint8Array, maxLength: number): Promise<Buffer> {
     return this.#receive(maxLength, { delimiter });
@@ -543,7 +572,8 @@ export class Connection {
     if (!Number.isInteger(maxLength) || maxLength < 1) {
       throw new RangeError(`maxLength must be a positive integer, not ${maxLength}`);
     }
-    const delimiter = until && Buffer.from(bytesOf(until.delimiter)); // a copy
+    // A copy, because the caller may change the delimiter while this waits.
+    const delimiter = until && Buffer.from(bytesOf(until.delimiter));
     if (delimiter?.length === 0) throw new RangeError("the delimiter must not be empty");
     if (this.#isReceiving) throw new Error("recv called while another recv is pending");
     this.#isReceiving = true;
@@ -552,36 +582,37 @@ export class Connection {
       let length = this.#readyLength(maxLength, delimiter);
       while (length === 0) {
         if (this.#hasClosed) throw new SocketError("EBADF");
-        if (this.#peerHasEnded) break;
+        if (this.#peerHasEnded) return this.#unread.take(maxLength); // what is left, if anything
         // An error alone is no reason to give up: after a failed `sendAll`, Bun may still have to
         // read bytes that arrived before.
         if (this.#isDisconnected) throw new SocketError(this.#errorCode);
-        this.#unread.compact(); // The wait may be long, and the bytes few but of a large piece.
+        // During a long wait, a few bytes must not keep a large piece in memory.
+        this.#unread.compact();
         // No notify can be missed: Bun calls the handlers only when the event loop turns.
         this.#socket.resume();
         const isNotified = await this.#arrival.wait(timeout);
         if (!isNotified) throw new SocketError("ETIMEDOUT");
         length = this.#readyLength(maxLength, delimiter);
       }
-      return this.#unread.take(length || maxLength);
+      return this.#unread.take(length);
     } finally {
       if (isTurnDue()) await eventLoopTurn();
-      queueMicrotask(this.#endReceiving);
+      this.#endReceiving();
     }
   }
 
-  /**
-   * The caller of a `recv` continues in a later microtask. Until then, no other `recv` may slip in
-   * and take the rest of its message. This therefore runs in the microtask just before.
-   */
-  readonly #endReceiving = (): void => {
-    this.#isReceiving = false;
-  };
+  #endReceiving(): void {
+    // The caller continues in a later microtask. Until then, no other `recv` may slip in and take
+    // the rest of its message. The flag is therefore cleared in the microtask just before.
+    queueMicrotask(() => {
+      this.#isReceiving = false;
+    });
+  }
 
   /**
-   * Lets `recvAll` finish without waiting: returns `length` bytes in a buffer of their own, if so
-   * many have arrived. Otherwise, and if it is time to reject or to yield to the event loop, which
-   * is left to `recv`, returns undefined and takes nothing.
+   * The part of `recvAll` that does not wait. If `length` bytes have arrived, returns them in a
+   * buffer of their own. Otherwise, or if the call would have to reject or to yield, returns
+   * undefined and takes nothing.
    */
   tryRecvAll(length: number): Buffer | undefined {
     const hasArrived = Number.isInteger(length) && length > 0 && length <= this.#unread.length;
@@ -589,7 +620,7 @@ export class Connection {
     if (!hasArrived || this.#isReceiving || mustYield) return undefined;
     callsLeft -= 1;
     this.#isReceiving = true;
-    queueMicrotask(this.#endReceiving);
+    this.#endReceiving();
     return this.#unread.take(length);
   }
 
@@ -616,34 +647,34 @@ export class Connection {
 
   /**
    * Sends all of `data`, encoding a string as UTF-8. Resolves when the kernel has accepted every
-   * byte, which does not mean that the peer has received it. Until then, leave a buffer unchanged.
+   * byte, which does not mean that the peer has received it. Until then, do not modify `data`.
    *
    * Concurrent calls are sent one after the other, in the order in which they were made. Time spent
    * waiting for another call does not count towards the timeout.
    *
-   * If a call fails after part of its data was sent, or while others are queued behind it, the
-   * stream has a gap. The queued and all later calls then reject with `EPIPE`, and `close` resets
-   * the connection, so that the peer cannot mistake what it has received for the whole. The one
-   * exception is a process that exits while a call is pending: the kernel ends the stream as if it
-   * were complete.
+   * A call that timed out may be repeated. But if a call fails after part of its data was sent, or
+   * while others are queued behind it, the stream has a gap. The queued calls and all later ones
+   * then reject with `EPIPE`, and `close` resets the connection, so that the peer cannot mistake
+   * what it has received for the whole. Only a process that exits without `close` or `abort`
+   * defeats this: the kernel then ends the stream as if it were complete.
    *
    * Rejects with a `TypeError` if `data` is neither a string nor bytes.
    */
   async sendAll(data: string | NodeJS.ArrayBufferView | ArrayBufferLike): Promise<void> {
     const bytes = bytesOf(data);
-    // Transferring a buffer to a worker sets its length to 0, as if all of it were sent. Asked for
-    // the original length, Bun's `write` throws.
+    // If the buffer is transferred to a worker, its length becomes 0, as if all of it were sent.
+    // `write` is asked for the original length, and throws.
     const length = bytes.length;
     const timeout = this.#timeout;
-    const isFirst = this.#sendLock.tryAcquire();
-    if (!isFirst) {
+    const isQueued = !this.#sendLock.tryAcquire();
+    if (isQueued) {
       await this.#sendLock.acquire();
       if (isTurnDue()) await eventLoopTurn();
     }
     try {
       let sent = this.#write(bytes, 0, length);
       while (sent < length) {
-        this.#isTorn = sent > 0;
+        this.#mustReset = sent > 0;
         const isNotified = await this.#room.wait(timeout);
         // Bun reports room only when there is plenty, and a slow reader may free just a little.
         // When the time is up, this tries once more, and keeps waiting if a byte was accepted.
@@ -651,16 +682,18 @@ export class Connection {
         if (accepted === 0 && !isNotified) throw new SocketError("ETIMEDOUT");
         sent += accepted;
       }
-      this.#isTorn = false;
+      this.#mustReset = false;
     } catch (error) {
-      if (isTurnDue()) await eventLoopTurn(); // before others can go on: they may be queued by then
-      const wouldLeaveHole = this.#sendLock.isAwaited && !this.#hasShutDown;
-      if (wouldLeaveHole) this.#isTorn = true;
+      // A call that fails yields while it holds the lock, and others may queue up behind it.
+      if (isTurnDue()) await eventLoopTurn();
+      const wouldBeSkipped = this.#sendLock.hasWaiters && !this.#hasShutDown;
+      if (wouldBeSkipped) this.#mustReset = true;
       throw error;
     } finally {
       this.#sendLock.release();
     }
-    if (isFirst && isTurnDue()) await eventLoopTurn();
+    // A call that was not queued yields last, so that it sends in the tick in which it was made.
+    if (!isQueued && isTurnDue()) await eventLoopTurn();
   }
 
   /** Hands the kernel `count` bytes from `start` on. Returns how many of them it accepted. */
@@ -668,8 +701,8 @@ export class Connection {
     if (this.#hasClosed) throw new SocketError("EBADF");
     if (this.#errorCode) throw new SocketError(this.#errorCode);
     if (this.#hasShutDown) throw new SocketError("EPIPE", "this side has called shutdown");
-    const isTornBefore = start === 0 && this.#isTorn; // by an earlier call, for this one begins
-    if (isTornBefore) throw new SocketError("EPIPE", "an earlier sendAll failed");
+    const hasGap = start === 0 && this.#mustReset; // This call has sent nothing, so another failed.
+    if (hasGap) throw new SocketError("EPIPE", "an earlier sendAll failed");
     const accepted = this.#socket.write(bytes, start, count);
     if (accepted < 0) {
       // The peer has reset the connection. Bun does not pass on the kernel's code, which depends on
@@ -685,25 +718,26 @@ export class Connection {
    * everything that was sent, and then the end of the stream. This side can still receive. A
    * `sendAll` that is pending or called later rejects with `EPIPE`.
    *
-   * If that cuts a `sendAll` off partway, or one has failed partway before, the peer does not see
-   * the end of the stream, but a reset when the connection is closed.
+   * If the stream has a gap (see `sendAll`), or this cuts a `sendAll` off partway, the peer does
+   * not see an end, but a reset when the connection is closed.
    */
   shutdown(): void {
     this.#hasShutDown = true;
-    if (!this.#isTorn) this.#socket.shutdown();
+    if (!this.#mustReset) this.#socket.shutdown();
     this.#room.notify(); // so that a pending `sendAll` rejects
   }
 
   /**
    * Closes the connection. The peer receives everything that was sent, and then the end of the
-   * stream, or a reset if a `sendAll` has stopped partway. Bytes not yet received are discarded,
-   * and pending calls reject with `EBADF`. Closing again has no effect.
+   * stream. If the stream has a gap (see `sendAll`), or this cuts a `sendAll` off partway, the peer
+   * sees a reset instead. Bytes not yet received are discarded, and pending calls reject with
+   * `EBADF`. Closing again has no effect.
    *
-   * The connection lingers: this ends the sending direction, and discards what arrives until the
-   * peer closes as well. (If a socket is closed while its peer is still sending, the kernel resets
-   * the connection, and data on its way to the peer is lost.) That takes at most 4 seconds, which
-   * lets a slow peer read its reply, but does not let silent ones pile up. Until then, the process
-   * stays alive.
+   * The connection lingers: it stays open, and discards what arrives, until the peer closes as
+   * well. (If a socket is closed while its peer is still sending, the kernel resets the connection,
+   * and data on its way to the peer is lost.) After 4 seconds, the socket is closed all the same.
+   * That is long enough for a slow peer to read its reply, and too short for silent ones to pile
+   * up. A lingering connection keeps the process alive.
    */
   close(): void {
     if (this.#hasClosed) return;
@@ -711,10 +745,10 @@ export class Connection {
     this.#unread.clear();
     this.shutdown();
     this.#arrival.notify(); // so that a pending `recv` rejects
-    if (this.#isTorn) {
+    if (this.#mustReset) {
       this.#socket.terminate(); // Bun's method to reset a connection
     } else if (this.#peerHasEnded || this.#errorCode) {
-      this.#socket.end(); // Bun's method to close a socket. Nothing more can arrive.
+      this.#socket.end(); // Bun's method to close a socket. There is nothing to linger for.
     } else {
       this.#socket.resume();
       this.#lingerTimer = setTimeout(() => this.#socket.end(), LINGER_TIME * 1000);
@@ -724,13 +758,13 @@ export class Connection {
   /**
    * Closes the connection at once, with a reset, which tells the peer that what it has received is
    * incomplete. Data on its way to the peer is lost, and pending calls reject with `EBADF`. Also
-   * ends a connection that lingers after `close`. (A peer that has already seen the end of the
-   * stream keeps what it has received.)
+   * ends a connection that lingers after `close`. (An end that the peer has already seen cannot be
+   * taken back.)
    */
   abort(): void {
-    this.#isTorn = true; // so that `close` sends no end
+    this.#mustReset = true;
     this.close();
-    this.#socket.terminate(); // even if it was closed before
+    this.#socket.terminate(); // even if the connection lingers, which `close` leaves alone
   }
 
   [Symbol.dispose](): void {
@@ -770,7 +804,8 @@ export async function connect(
   const dialling = dial(host, port, timeout, attempt);
   const settled = new Condition();
   const notify = () => settled.notify();
-  dialling.then(notify, notify); // The second `notify` also handles a failure that is too late.
+  // The second `notify` also keeps a failure after the timeout from being an unhandled rejection.
+  dialling.then(notify, notify);
   const isInTime = await settled.wait(timeout);
   if (!isInTime) {
     attempt.isTooLate = true;
@@ -819,10 +854,11 @@ async function dial(
  * If `serve` throws, the client's address and the reason go to standard error, and other clients
  * are unaffected. Anything but a `SocketError` or an `EOFError` is a bug, and is printed with its
  * stack. The connection is closed as usual. If that would make half an answer look like a whole
- * one, call `abort` before you throw.
+ * one, catch the error in `serve`, call `abort`, and throw it again.
  *
- * Resolves to Bun's listener. Port 0 picks a free port. Rejects with a `SocketError` if it cannot
- * listen there, and with a `RangeError` or a `TypeError` for an invalid argument.
+ * Resolves to Bun's listener, which has a `port` and a `stop()`. Port 0 picks a free port. Rejects
+ * with a `SocketError` if it cannot listen there, and with a `RangeError` or a `TypeError` for an
+ * invalid argument.
  */
 export async function listen(
   host: string,
@@ -920,8 +956,6 @@ export function repr(bytes: string | Uint8Array): string {
   return quote + shown + quote;
 }
 
-if (import.meta.main) {
-  // Exit without waiting for a connection that lingers. (A top-level `await` could not be bundled
-  // as CommonJS.)
-  void main(process.argv.slice(2)).then((status) => process.exit(status));
-}
+// Exit without waiting for a connection that lingers: the client has had its reply. (If there were
+// an `await` here, a program that imports this file could not be bundled as CommonJS.)
+if (import.meta.main) void main(process.argv.slice(2)).then(process.exit);
