@@ -392,7 +392,7 @@ describe("recvUntil", () => {
       gives: ["abc\r\n", "de", "", ""],
     },
     {
-      kind: "takes nothing that looks like half a delimiter for a whole one",
+      kind: "does not mistake half a delimiter for a whole one",
       pieces: ["a\rb\nc\n\r\r\n"],
       gives: ["a\rb\nc\n\r\r\n", ""],
     },
@@ -725,7 +725,7 @@ describe("a sendAll that stops halfway", () => {
     expect(ending).toBe("ECONNRESET");
   });
 
-  test("is torn by a close, and the peer sees a reset", async () => {
+  test("ends with a reset if close cuts it off", async () => {
     const { sock, peer } = await pair();
     const sending = failure(sock.sendAll(TOO_MUCH));
     const reading = streamTo(peer);
@@ -745,8 +745,8 @@ describe("a sendAll that stops halfway", () => {
     { sent: "h", ending: "ECONNRESET" },
     { sent: "hell", ending: "ECONNRESET" },
   ];
-  describe.each(failures)("by $by", ({ code, stop }) => {
-    test.each(parts)("with '$sent' of 'hello' sent: the peer sees $ending", async (part) => {
+  describe.each(failures)("because of $by,", ({ code, stop }) => {
+    test.each(parts)("after '$sent' of 'hello': the peer sees $ending", async (part) => {
       const { sock, peer, room } = await pairWithRoom(0.05);
       const reading = streamTo(peer);
       room.bytes = part.sent.length;
@@ -781,7 +781,7 @@ describe("a sendAll that stops halfway", () => {
     expect(await streamTo(peer)).toEqual({ received: Buffer.from("hello, world"), ending: "end" });
   });
 
-  test("stops those that wait behind it, even if nothing of it was sent: no hole is left", async () => {
+  test("makes those that wait behind it reject, even if nothing of it was sent, so no hole is left", async () => {
     const { sock, peer, room } = await pairWithRoom(0.05);
     const reading = streamTo(peer);
     const calls = [sock.sendAll("first"), sock.sendAll("second"), sock.sendAll("third")];
@@ -793,7 +793,7 @@ describe("a sendAll that stops halfway", () => {
     expect(await reading).toEqual({ received: Buffer.of(), ending: "ECONNRESET" });
   });
 
-  test("leaves no hole if a shutdown stops it before a byte is sent, and all that wait", async () => {
+  test("leaves the stream intact if shutdown stops it and all that wait before a byte is sent", async () => {
     const { sock, peer, room } = await pairWithRoom();
     room.bytes = 5;
     await sock.sendAll("hello");
@@ -805,7 +805,7 @@ describe("a sendAll that stops halfway", () => {
     expect(await streamTo(peer)).toEqual({ received: Buffer.from("hello"), ending: "end" });
   });
 
-  test("is not confused with one that waits: close delivers all that was sent before", async () => {
+  test("does not affect what was sent before if close stops it before its first byte", async () => {
     const { sock, peer, room } = await pairWithRoom();
     room.bytes = 2;
     const first = sock.sendAll("first");
@@ -817,7 +817,7 @@ describe("a sendAll that stops halfway", () => {
     expect(await streamTo(peer)).toEqual({ received: Buffer.from("first"), ending: "end" });
   });
 
-  test("is not confused with one that waits, where the kernel has a lot to deliver", async () => {
+  test("does not affect what was sent before, even if the kernel still has most of it", async () => {
     const { sock, peer } = await pair();
     const reading = streamTo(peer);
     const first = sock.sendAll(TOO_MUCH);
@@ -897,7 +897,7 @@ describe("shutdown", () => {
   });
 });
 
-/** What both have in common. */
+/** What `close` and `abort` have in common. */
 describe.each(["close", "abort"] as const)("%s", (name) => {
   test("makes pending calls reject at once, and every later one", async () => {
     const { sock } = await pair(Infinity);
@@ -1023,7 +1023,7 @@ describe("abort", () => {
     });
   });
 
-  test("stops a peer that is sending a lot, at once", async () => {
+  test("stops a peer that is still sending (a download that is no longer wanted)", async () => {
     const { sock, peer } = await pair();
     peer.end(TOO_MUCH);
     await sock.recv(100);
@@ -1032,7 +1032,7 @@ describe("abort", () => {
   });
 
   test.each(["shutdown", "close"] as const)(
-    "ends a connection that has sent its end with %s, and lingers",
+    "ends a connection whose stream %s has ended, even while it lingers",
     async (name) => {
       const { sock, peer } = await pair();
       await sock.sendAll("hello");
@@ -1953,7 +1953,8 @@ describe("the client", () => {
 
 // Another program may hold port 1060 at 127.0.0.1, which every machine has. Linux has all of
 // 127.0.0.0/8, and no other process has this one's number.
-const ownHost = `127.${64 + ((process.pid >> 16) & 63)}.${(process.pid >> 8) & 255}.${process.pid & 255}`;
+const { pid } = process;
+const ownHost = `127.${64 + ((pid >> 16) & 63)}.${(pid >> 8) & 255}.${pid & 255}`;
 const host = await firstFreeHost([ownHost, "127.0.0.1"], 1060);
 
 describe("the command line", () => {
@@ -2512,8 +2513,8 @@ async function programClient(
   const asking = program.client("127.0.0.1", port, timeout);
   asking.catch(() => {}); // It may fail before the test awaits it.
   const peer = await accepted;
-  const [message] = await once(peer, "data");
-  return { asking, peer, message: String(message) };
+  const received = await once(peer, "data");
+  return { asking, peer, message: String(received[0]) };
 }
 
 /** What the server replies to a whole message. */
@@ -2552,11 +2553,11 @@ async function pollSockets(): Promise<void> {
   await new Promise((resolve) => setImmediate(resolve));
 }
 
-/** Resolves when `condition` holds, and rejects with what it has waited for after 10 seconds. */
-async function until(condition: string, holds: () => boolean): Promise<void> {
+/** Resolves when `condition` holds. After 10 seconds, it rejects and says what it has waited for. */
+async function until(words: string, condition: () => boolean): Promise<void> {
   const deadline = performance.now() + 10_000;
-  while (!holds()) {
-    if (performance.now() > deadline) throw new Error(`waited 10 seconds until ${condition}`);
+  while (!condition()) {
+    if (performance.now() > deadline) throw new Error(`waited 10 seconds in vain until ${words}`);
     await pollSockets();
   }
 }
