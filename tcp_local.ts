@@ -402,15 +402,17 @@ const LINGER_TIME = 4;
  *
  * What the calls do after each of these, and what the peer sees (for gaps, see `sendAll`):
  *
- * | after                        | `recv`                               | `sendAll`        | the peer sees        |
- * | ---------------------------- | ------------------------------------ | ---------------- | -------------------- |
- * | the end of the peer's stream | resolves to an empty buffer          | sends            |                      |
- * | a reset, or a vanished peer  | gives what had arrived, then rejects | rejects          |                      |
- * | a timeout                    | receives                             | sends            |                      |
- * | a `sendAll` that left a gap  | receives                             | rejects: `EPIPE` | a reset, when closed |
- * | `shutdown`                   | receives                             | rejects: `EPIPE` | the end              |
- * | `close`                      | rejects: `EBADF`                     | rejects: `EBADF` | the end              |
- * | `abort`                      | rejects: `EBADF`                     | rejects: `EBADF` | a reset              |
+ * | after                        | `recv`                               | `sendAll`        | the
+ * peer sees        | | ---------------------------- | ------------------------------------ |
+ * ---------------- | -------------------- | | the end of the peer's stream | resolves to an empty
+ * buffer          | sends            |                      | | a reset, or a vanished peer  |
+ * gives what had arrived, then rejects | rejects          |                      | | a timeout
+ * | receives                             | sends            |                      | | a `sendAll`
+ * that left a gap  | receives                             | rejects: `EPIPE` | a reset, when closed
+ * | | `shutdown`                   | receives                             | rejects: `EPIPE` | the
+ * end              | | `close`                      | rejects: `EBADF`                     |
+ * rejects: `EBADF` | the end              | | `abort`                      | rejects: `EBADF`
+ * | rejects: `EBADF` | a reset              |
  */
 export class Connection {
   /**
@@ -655,8 +657,9 @@ export class Connection {
    * A call that timed out may be repeated. But if a call fails after part of its data was sent, or
    * while others are queued behind it, the stream has a gap. The queued calls and all later ones
    * then reject with `EPIPE`, and `close` resets the connection, so that the peer cannot mistake
-   * what it has received for the whole. Only a process that exits without `close` or `abort`
-   * defeats this: the kernel then ends the stream as if it were complete.
+   * what it has received for the whole. Two things defeat this, because the kernel then ends the
+   * stream as if it were complete: a process that exits without `close` or `abort`, and
+   * `stop(true)` on the listener.
    *
    * Rejects with a `TypeError` if `data` is neither a string nor bytes.
    */
