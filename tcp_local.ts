@@ -44,7 +44,7 @@ export async function recvAll(
     throw new RangeError(`length must be a non-negative integer, not ${length}`);
   }
   // Only for speed: if the whole message has arrived, a `Connection` hands it over in one step.
-  // That saves a server of small messages a tenth of its processor time.
+  // That saves a server that exchanges small messages a tenth of its processor time.
   const whole = sock.tryRecvAll?.(length);
   if (whole !== undefined) return whole;
   const data = Buffer.alloc(length);
@@ -163,8 +163,8 @@ const REASONS: Record<string, string> = {
  * - `ETIMEDOUT`: The timeout expired.
  * - `ECONNREFUSED`: Nothing listens at that address, or there is no route to it.
  * - `ECONNRESET`: The peer reset the connection.
- * - `EPIPE`: This side has called `shutdown`, an earlier `sendAll` failed partway, or the peer
- *   ended its stream and then reset the connection.
+ * - `EPIPE`: This side has called `shutdown`, an earlier `sendAll` left a gap, or the peer ended
+ *   its stream and then reset the connection.
  * - `EHOSTUNREACH`: The peer, or the network to it, has vanished.
  * - `EBADF`: This side has called `close` or `abort`.
  * - `ECONNABORTED`: The connection was cut off on this side, by `stop(true)` on Bun's listener or
@@ -198,7 +198,8 @@ function toSocketError(summary: string, cause: unknown): unknown {
 }
 
 /**
- * Turns `blank` into a copy of `error`. Any other error is returned unchanged.
+ * If `error` is a `SocketError`, copies it into `blank` and returns `blank`. Returns any other
+ * error unchanged.
  *
  * In Bun, the stack of an error that is created after an `await` includes the async functions that
  * are waiting, but not a module that waits at its top level, where `connect` and `listen` are
@@ -312,12 +313,15 @@ class ReceiveBuffer {
    */
   take(maxLength: number): Buffer {
     const bytes = this.#bytes;
+    const isWholePiece = this.#taken === 0 && bytes.length <= maxLength;
+    if (isWholePiece) {
+      this.clear();
+      return bytes;
+    }
     const start = this.#taken;
     const end = Math.min(start + maxLength, bytes.length);
     this.#taken = end;
-    if (end === bytes.length) this.clear(); // so that the memory can be freed
-    const isAll = start === 0 && end === bytes.length;
-    if (isAll) return bytes;
+    if (this.length === 0) this.clear(); // so that the memory can be freed
     return Buffer.copyBytesFrom(bytes, start, end - start);
   }
 
@@ -334,11 +338,7 @@ class ReceiveBuffer {
   }
 }
 
-/**
- * Lets in one caller at a time, in the order in which they came: Python's `asyncio.Lock`. In
- * JavaScript, even an `await` with nothing to wait for lets other code run first, so a free lock is
- * acquired with `tryAcquire`, without an `await`.
- */
+/** Lets in one caller at a time, in the order in which they came: Python's `asyncio.Lock`. */
 class Lock {
   #isHeld = false;
   readonly #queue: (() => void)[] = [];
@@ -347,16 +347,19 @@ class Lock {
     return this.#queue.length > 0;
   }
 
-  /** Acquires the lock if nobody holds it. Returns whether it did. */
-  tryAcquire(): boolean {
-    const isFree = !this.#isHeld;
-    this.#isHeld = true;
-    return isFree;
-  }
-
-  /** Resolves when those who came before have released it. Call it only while somebody holds it. */
-  acquire(): Promise<void> {
-    return new Promise((resolve) => this.#queue.push(resolve));
+  /**
+   * Acquires the lock if it is free, and returns undefined. (In JavaScript, even an `await` with
+   * nothing to wait for lets other code run first.) Otherwise, returns a promise that resolves when
+   * the lock has been acquired.
+   */
+  acquire(): Promise<void> | undefined {
+    if (!this.#isHeld) {
+      this.#isHeld = true;
+      return undefined;
+    }
+    return new Promise((resolve) => {
+      this.#queue.push(resolve);
+    });
   }
 
   release(): void {
@@ -374,8 +377,8 @@ class Lock {
 const CALLS_PER_TURN = 64;
 let callsLeft = CALLS_PER_TURN; // on all connections together
 
-/** Counts a call, and says whether it has to yield. */
-function isTurnDue(): boolean {
+/** Counts a call. Returns true if it is a 64th one, which has to yield. */
+function countCall(): boolean {
   callsLeft -= 1;
   if (callsLeft > 0) return false;
   callsLeft = CALLS_PER_TURN;
@@ -386,7 +389,7 @@ function eventLoopTurn(): Promise<void> {
   return new Promise((resolve) => setImmediate(resolve));
 }
 
-/** How long a closed connection lingers until its peer closes as well, in seconds. See `close`. */
+/** How long a closed connection waits for its peer to close as well, in seconds. See `close`. */
 const LINGER_TIME = 4;
 
 /**
@@ -400,26 +403,25 @@ const LINGER_TIME = 4;
  *     await sock.sendAll("Hi there, server");
  *     const reply = await recvAll(sock, 16);
  *
- * What the calls do after each of these, and what the peer sees (for gaps, see `sendAll`):
+ * What `recv` and `sendAll` do after an event, and what the peer sees. `sendAll` says what a gap
+ * is. If several rows apply, `close` and `abort` come first, and then a reset.
  *
- * | after                        | `recv`                               | `sendAll`        | the
- * peer sees        | | ---------------------------- | ------------------------------------ |
- * ---------------- | -------------------- | | the end of the peer's stream | resolves to an empty
- * buffer          | sends            |                      | | a reset, or a vanished peer  |
- * gives what had arrived, then rejects | rejects          |                      | | a timeout
- * | receives                             | sends            |                      | | a `sendAll`
- * that left a gap  | receives                             | rejects: `EPIPE` | a reset, when closed
- * | | `shutdown`                   | receives                             | rejects: `EPIPE` | the
- * end              | | `close`                      | rejects: `EBADF`                     |
- * rejects: `EBADF` | the end              | | `abort`                      | rejects: `EBADF`
- * | rejects: `EBADF` | a reset              |
+ * | after                   | `recv`                      | `sendAll`        | the peer sees      |
+ * | ----------------------- | --------------------------- | ---------------- | ------------------ |
+ * | the end of the stream   | resolves to an empty buffer | sends            |                    |
+ * | a reset                 | what is left, then rejects  | rejects          |                    |
+ * | a timeout               | receives                    | sends            |                    |
+ * | a gap left by `sendAll` | receives                    | rejects: `EPIPE` | a reset at `close` |
+ * | `shutdown`              | receives                    | rejects: `EPIPE` | the end            |
+ * | `close`                 | rejects: `EBADF`            | rejects: `EBADF` | the end            |
+ * | `abort`                 | rejects: `EBADF`            | rejects: `EBADF` | a reset            |
  */
 export class Connection {
   /**
-   * The address of this end. It is ('0.0.0.0', 0) if the peer reset before Bun could ask for it.
+   * The address of this end. It is ('0.0.0.0', 0) if the peer reset the connection at once.
    */
   readonly sockname: Address;
-  /** The address of the peer. It is ('0.0.0.0', 0) in the same case. */
+  /** The address of the peer. It is also ('0.0.0.0', 0) in that case. */
   readonly peername: Address;
 
   readonly #socket: Socket<Connection>;
@@ -429,12 +431,10 @@ export class Connection {
   #isReceiving = false;
   /** Held by the `sendAll` that sends, while others wait. */
   readonly #sendLock = new Lock();
-  /**
-   * Whether the connection has to end with a reset, because the stream stops in the middle of a
-   * `sendAll`, or lacks one that failed while others were queued behind it. An ordinary end would
-   * tell the peer that it has received everything.
-   */
-  #mustReset = false;
+  /** Whether a `sendAll` has sent a part of its data, and waits to send the rest. */
+  #isPartway = false;
+  /** Whether the stream lacks data, because a `sendAll` left a gap, or because of `abort`. */
+  #hasGap = false;
   /** Whether `shutdown` or `close` was called: this side sends no more. */
   #hasShutDown = false;
   /** Whether `close` was called. */
@@ -451,7 +451,10 @@ export class Connection {
   readonly #room = new Condition();
   #lingerTimer: ReturnType<typeof setTimeout> | undefined;
 
-  /** Bun calls these, and leaves `socket.data`, where they find the connection, to the program. */
+  /**
+   * The handlers that Bun calls. They find the connection in `socket.data`, which Bun leaves to the
+   * program.
+   */
   static readonly handlers: SocketHandler<Connection> = {
     data: (socket, bytes) => socket.data.#onData(bytes),
     end: (socket) => socket.data.#onEnd(),
@@ -466,8 +469,8 @@ export class Connection {
     // If the peer has already reset the connection, Bun has no addresses, whatever the types say.
     this.sockname = new Address(socket.localAddress ?? "0.0.0.0", socket.localPort ?? 0);
     this.peername = new Address(socket.remoteAddress ?? "0.0.0.0", socket.remotePort ?? 0);
-    // After 60 seconds of silence (Bun counts in milliseconds), the kernel probes ten times, a
-    // second apart, whether the peer is still there.
+    // After 60 seconds of silence, the kernel sends ten probes, a second apart, to see whether the
+    // peer is still there. (Bun counts the seconds in milliseconds.)
     socket.setKeepAlive(true, 60_000);
   }
 
@@ -512,13 +515,14 @@ export class Connection {
     this.#isDisconnected = true;
     const hasSentEnd = this.#hasShutDown && !this.#mustReset;
     if (error?.code === "ETIMEDOUT") {
-      // The kernel means that the peer has stopped answering. With its code, that would look like
-      // the connection's timeout, after which a caller may try again.
+      // The kernel has given up on the peer. Passed on unchanged, its code would look like the
+      // connection's own timeout, and invite the caller to try again.
       this.#fail("EHOSTUNREACH");
     } else if (error?.code) {
       this.#fail(error.code);
     } else if (hasSentEnd) {
-      // When both sides have ended, Bun closes the socket without calling `end` first.
+      // When both sides have ended, Bun closes the socket without calling `end` first. (After
+      // `stop(true)`, it does just the same.)
       this.#onEnd();
     } else {
       // Bun reports no error, and this side has not ended its stream: something on this side, such
@@ -541,9 +545,8 @@ export class Connection {
    * If the connection breaks, bytes that had already arrived can still be received. After that,
    * `recv` rejects. A `recv` that times out loses nothing, and may be called again.
    *
-   * A connection has one reader at a time: while one receives, with `recv`, `recvUntil`, `recvAll`
-   * or `for await`, another one is rejected with an `Error`, and the first is undisturbed. Rejects
-   * with a `RangeError` if `maxLength` is not a positive integer.
+   * Only one call may receive at a time. A second one rejects with an `Error`, and leaves the first
+   * undisturbed. Rejects with a `RangeError` if `maxLength` is not a positive integer.
    */
   recv(maxLength: number): Promise<Buffer> {
     return this.#receive(maxLength);
@@ -559,9 +562,10 @@ export class Connection {
    * Do not look for the delimiter in the next result, because the limit may have cut it in two: one
    * result may end with "\r", and the next one begin with "\n".
    *
-   * Choose a `maxLength` of kilobytes rather than megabytes, because all of the bytes that wait are
-   * searched again whenever more arrive. The timeout restarts then, too. A call that times out or
-   * meets a reset loses nothing: the bytes that had arrived stay for the next call.
+   * The timeout restarts whenever bytes arrive. A call that rejects because of a timeout or a reset
+   * loses nothing: the bytes that had arrived can be received with `recv`. Choose a `maxLength` of
+   * kilobytes rather than megabytes, because all of the bytes that wait are searched again whenever
+   * more arrive.
    *
    * Rejects with a `RangeError` if `delimiter` is empty or `maxLength` is not a positive integer,
    * and with a `TypeError` if `delimiter` is neither a string nor bytes.
@@ -588,9 +592,9 @@ export class Connection {
         // An error alone is no reason to give up: after a failed `sendAll`, Bun may still have to
         // read bytes that arrived before.
         if (this.#isDisconnected) throw new SocketError(this.#errorCode);
-        // During a long wait, a few bytes must not keep a large piece in memory.
+        // `recvUntil` may wait with a few bytes, which must not keep a large piece in memory.
         this.#unread.compact();
-        // No notify can be missed: Bun calls the handlers only when the event loop turns.
+        // No handler can run between the checks above and this wait, so no `notify` is missed.
         this.#socket.resume();
         const isNotified = await this.#arrival.wait(timeout);
         if (!isNotified) throw new SocketError("ETIMEDOUT");
@@ -598,7 +602,7 @@ export class Connection {
       }
       return this.#unread.take(length);
     } finally {
-      if (isTurnDue()) await eventLoopTurn();
+      if (countCall()) await eventLoopTurn();
       this.#endReceiving();
     }
   }
@@ -631,8 +635,8 @@ export class Connection {
     const available = Math.min(this.#unread.length, maxLength);
     if (delimiter === undefined) return available;
     const length = this.#unread.lengthThrough(delimiter, maxLength);
-    const isTooLong = length === 0 && available === maxLength;
-    return isTooLong ? maxLength : length;
+    if (length > 0) return length;
+    return available === maxLength ? maxLength : 0;
   }
 
   /**
@@ -649,35 +653,38 @@ export class Connection {
 
   /**
    * Sends all of `data`, encoding a string as UTF-8. Resolves when the kernel has accepted every
-   * byte, which does not mean that the peer has received it. Until then, do not modify `data`.
+   * byte, which does not mean that the peer has received it. Do not modify `data` before the call
+   * settles.
    *
    * Concurrent calls are sent one after the other, in the order in which they were made. Time spent
    * waiting for another call does not count towards the timeout.
    *
-   * A call that timed out may be repeated. But if a call fails after part of its data was sent, or
-   * while others are queued behind it, the stream has a gap. The queued calls and all later ones
-   * then reject with `EPIPE`, and `close` resets the connection, so that the peer cannot mistake
-   * what it has received for the whole. Two things defeat this, because the kernel then ends the
-   * stream as if it were complete: a process that exits without `close` or `abort`, and
-   * `stop(true)` on the listener.
+   * If a call fails after part of its data was sent, or while others are queued behind it, it
+   * leaves a gap in the stream. The queued calls and all later ones then reject with `EPIPE`, and
+   * `close` resets the connection, so that the peer cannot mistake what it has received for the
+   * whole. It is therefore safe to repeat a call that timed out: if it left a gap, the new call
+   * rejects.
+   *
+   * Two things hide a gap, because the kernel ends the stream as if it were complete: a process
+   * that exits without `close` or `abort`, and `stop(true)` on the listener.
    *
    * Rejects with a `TypeError` if `data` is neither a string nor bytes.
    */
   async sendAll(data: string | NodeJS.ArrayBufferView | ArrayBufferLike): Promise<void> {
     const bytes = bytesOf(data);
-    // If the buffer is transferred to a worker, its length becomes 0, as if all of it were sent.
-    // `write` is asked for the original length, and throws.
+    // Keep the original length. If the buffer is transferred to a worker meanwhile, its length
+    // becomes 0, and everything would seem to be sent. With this length, `write` throws.
     const length = bytes.length;
     const timeout = this.#timeout;
-    const isQueued = !this.#sendLock.tryAcquire();
-    if (isQueued) {
-      await this.#sendLock.acquire();
-      if (isTurnDue()) await eventLoopTurn();
+    const queueing = this.#sendLock.acquire();
+    if (queueing) {
+      await queueing;
+      if (countCall()) await eventLoopTurn();
     }
     try {
       let sent = this.#write(bytes, 0, length);
       while (sent < length) {
-        this.#mustReset = sent > 0;
+        this.#isPartway = sent > 0;
         const isNotified = await this.#room.wait(timeout);
         // Bun reports room only when there is plenty, and a slow reader may free just a little.
         // When the time is up, this tries once more, and keeps waiting if a byte was accepted.
@@ -685,18 +692,27 @@ export class Connection {
         if (accepted === 0 && !isNotified) throw new SocketError("ETIMEDOUT");
         sent += accepted;
       }
-      this.#mustReset = false;
     } catch (error) {
-      // A call that fails yields while it holds the lock, and others may queue up behind it.
-      if (isTurnDue()) await eventLoopTurn();
-      const wouldBeSkipped = this.#sendLock.hasWaiters && !this.#hasShutDown;
-      if (wouldBeSkipped) this.#mustReset = true;
+      // Yield before looking at the queue: other calls may join it meanwhile, and they count too.
+      if (countCall()) await eventLoopTurn();
+      const isMissed = this.#sendLock.hasWaiters && !this.#hasShutDown;
+      if (this.#isPartway || isMissed) this.#hasGap = true;
       throw error;
     } finally {
+      this.#isPartway = false;
       this.#sendLock.release();
     }
-    // A call that was not queued yields last, so that it sends in the tick in which it was made.
-    if (!isQueued && isTurnDue()) await eventLoopTurn();
+    // A queued call has yielded before it sent. Any other yields only now, when it has sent its
+    // data in the tick in which it was made, and when the next call can do so, too.
+    if (!queueing && countCall()) await eventLoopTurn();
+  }
+
+  /**
+   * Whether the connection has to end with a reset. An ordinary end would tell the peer that it has
+   * received everything.
+   */
+  get #mustReset(): boolean {
+    return this.#isPartway || this.#hasGap;
   }
 
   /** Hands the kernel `count` bytes from `start` on. Returns how many of them it accepted. */
@@ -704,8 +720,7 @@ export class Connection {
     if (this.#hasClosed) throw new SocketError("EBADF");
     if (this.#errorCode) throw new SocketError(this.#errorCode);
     if (this.#hasShutDown) throw new SocketError("EPIPE", "this side has called shutdown");
-    const hasGap = start === 0 && this.#mustReset; // This call has sent nothing, so another failed.
-    if (hasGap) throw new SocketError("EPIPE", "an earlier sendAll failed");
+    if (this.#hasGap) throw new SocketError("EPIPE", "an earlier sendAll failed");
     const accepted = this.#socket.write(bytes, start, count);
     if (accepted < 0) {
       // The peer has reset the connection. Bun does not pass on the kernel's code, which depends on
@@ -722,7 +737,8 @@ export class Connection {
    * `sendAll` that is pending or called later rejects with `EPIPE`.
    *
    * If the stream has a gap (see `sendAll`), or this cuts a `sendAll` off partway, the peer does
-   * not see an end, but a reset when the connection is closed.
+   * not see an end, but a reset when the connection is closed. Calling `shutdown` again, or after
+   * `close`, has no effect.
    */
   shutdown(): void {
     this.#hasShutDown = true;
@@ -739,7 +755,7 @@ export class Connection {
    * The connection lingers: it stays open, and discards what arrives, until the peer closes as
    * well. (If a socket is closed while its peer is still sending, the kernel resets the connection,
    * and data on its way to the peer is lost.) After 4 seconds, the socket is closed all the same.
-   * That is long enough for a slow peer to read its reply, and too short for silent ones to pile
+   * That is long enough for a slow peer to read its reply, and too short for silent peers to pile
    * up. A lingering connection keeps the process alive.
    */
   close(): void {
@@ -765,9 +781,9 @@ export class Connection {
    * taken back.)
    */
   abort(): void {
-    this.#mustReset = true;
+    this.#hasGap = true; // so that `close` sends no end
     this.close();
-    this.#socket.terminate(); // even if the connection lingers, which `close` leaves alone
+    this.#socket.terminate(); // `close` does nothing to a connection that already lingers.
   }
 
   [Symbol.dispose](): void {
@@ -803,15 +819,15 @@ export async function connect(
   checkHost(host);
   checkTimeout(timeout);
   const blank = new SocketError(""); // before the first `await`: see `fillIn`
-  const attempt = { isTooLate: false };
-  const dialling = dial(host, port, timeout, attempt);
+  const deadline = { isOver: false };
+  const dialling = dial(host, port, timeout, deadline);
   const settled = new Condition();
   const notify = () => settled.notify();
   // The second `notify` also keeps a failure after the timeout from being an unhandled rejection.
   dialling.then(notify, notify);
   const isInTime = await settled.wait(timeout);
   if (!isInTime) {
-    attempt.isTooLate = true;
+    deadline.isOver = true;
     const cause = new SocketError("ETIMEDOUT");
     throw fillIn(blank, toSocketError(`cannot connect to (${repr(host)}, ${port})`, cause));
   }
@@ -827,20 +843,20 @@ async function dial(
   host: string,
   port: number,
   timeout: number,
-  attempt: { isTooLate: boolean },
+  deadline: { isOver: boolean },
 ): Promise<Connection> {
   const open = (socket: Socket<Connection>) => {
     socket.data = new Connection(socket, timeout); // where the handlers find it
   };
   const handlers = { ...Connection.handlers, open };
-  const addresses = isIPv4(host) ? [host] : await lookUp(host);
+  const addresses = await lookUp(host);
   let failure: unknown;
   for (const hostname of addresses) {
-    if (attempt.isTooLate) break;
+    if (deadline.isOver) break;
     try {
       // Without `allowHalfOpen`, Bun would end this side as soon as the peer ends its own.
       const socket = await Bun.connect({ hostname, port, allowHalfOpen: true, socket: handlers });
-      if (attempt.isTooLate) socket.data.close();
+      if (deadline.isOver) socket.data.close();
       return socket.data; // `open` has set it.
     } catch (error) {
       failure = toSocketError(`cannot connect to ${new Address(hostname, port)}`, error);
@@ -851,8 +867,9 @@ async function dial(
 
 /**
  * Listens on `host`, or on its first address if it is a name, over IPv4 only. Calls `serve` for
- * every client that connects, concurrently, and closes the connection when its `serve` is done.
- * `timeout`, in seconds, becomes the timeout of each connection. By default there is no timeout.
+ * each client that connects, without waiting for the others, and closes the connection when its
+ * `serve` is done. `timeout`, in seconds, becomes the timeout of each connection. By default there
+ * is no timeout.
  *
  * If `serve` throws, the client's address and the reason go to standard error, and other clients
  * are unaffected. Anything but a `SocketError` or an `EOFError` is a bug, and is printed with its
@@ -869,6 +886,10 @@ export async function listen(
   serve: (connection: Connection) => void | Promise<void>,
   timeout: number = Infinity,
 ): Promise<TCPSocketListener<Connection>> {
+  checkHost(host);
+  checkTimeout(timeout);
+  if (typeof serve !== "function") throw new TypeError(`serve must be a function, not ${serve}`);
+
   async function open(socket: Socket<Connection>): Promise<void> {
     using connection = new Connection(socket, timeout); // closed when `serve` is done
     socket.data = connection;
@@ -883,14 +904,11 @@ export async function listen(
     }
   }
 
-  checkHost(host);
-  checkTimeout(timeout);
-  if (typeof serve !== "function") throw new TypeError(`serve must be a function, not ${serve}`);
   const blank = new SocketError(""); // before the first `await`: see `fillIn`
   const handlers = { ...Connection.handlers, open };
   try {
-    const hostname = isIPv4(host) ? host : (await lookUp(host))[0];
-    return bind(hostname, port, handlers);
+    const [first] = await lookUp(host);
+    return bind(first, port, handlers);
   } catch (error) {
     throw fillIn(blank, error);
   }
@@ -913,6 +931,7 @@ function bind(
 /** Resolves to the IPv4 addresses of `host`, at least one. As in Python, '' is 0.0.0.0. */
 async function lookUp(host: string): Promise<[string, ...string[]]> {
   if (host === "") return ["0.0.0.0"];
+  if (isIPv4(host)) return [host];
   const summary = `cannot resolve ${repr(host)}`;
   let found: Bun.DNSLookup[];
   try {
@@ -921,10 +940,9 @@ async function lookUp(host: string): Promise<[string, ...string[]]> {
   } catch (error) {
     throw toSocketError(summary, error);
   }
-  const addresses = found.map((entry) => entry.address);
-  const first = addresses[0];
+  const [first, ...others] = found.map((entry) => entry.address);
   if (first === undefined) throw toSocketError(summary, new SocketError("DNS_ENOTFOUND"));
-  return [first, ...addresses.slice(1)]; // so that the type says: at least one
+  return [first, ...others];
 }
 
 /**
@@ -945,8 +963,8 @@ function isByte(text: string): boolean {
 /** Shows bytes as Python 2's `repr` does: in printable ASCII. */
 export function repr(bytes: string | Uint8Array): string {
   const text = Buffer.from(bytes).toString("latin1"); // one character for each byte
-  const hasSingleQuotesOnly = text.includes("'") && !text.includes('"');
-  const quote = hasSingleQuotesOnly ? '"' : "'";
+  const prefersDoubleQuotes = text.includes("'") && !text.includes('"');
+  const quote = prefersDoubleQuotes ? '"' : "'";
   let shown = "";
   for (const char of text) {
     if (char === quote || char === "\\") shown += `\\${char}`;
