@@ -109,6 +109,15 @@ describe("recvAll", () => {
     expect(message.buffer.byteLength).toBe(5);
   });
 
+  test("calls a recv that has taken the place of the connection's own (spies, byte counters)", async () => {
+    const { sock, peer } = await pair();
+    peer.write("hello!");
+    await sock.recv(1); // The rest has arrived, too.
+    using spy = spyOn(sock, "recv");
+    await recvAll(sock, 5);
+    expect(spy.mock.calls).toEqual([[5]]);
+  });
+
   test("reads nothing for a length of 0", async () => {
     const sock = scripted([MESSAGE]);
     expect(await recvAll(sock, 0)).toEqual(Buffer.alloc(0));
@@ -1196,6 +1205,16 @@ describe("a busy connection", () => {
     expect(turns).toHaveBeenCalledTimes(65);
   });
 
+  test("yields to the event loop at every 64th recv that is refused", async () => {
+    const { sock, peer } = await pair();
+    const first = sock.recv(1);
+    using turns = spyOn(globalThis, "setImmediate");
+    for (let i = 0; i < COUNT; i += 1) await failure(sock.recv(1));
+    expect(turns).toHaveBeenCalledTimes(65);
+    peer.write("x");
+    expect(String(await first)).toBe("x");
+  });
+
   test("yields at every 64th call of all connections together", async () => {
     const socks: Connection[] = [];
     for (let i = 0; i < 20; i += 1) {
@@ -1301,6 +1320,25 @@ describe("a connection", () => {
       "[Symbol(Symbol.asyncIterator)]",
       "[Symbol(Symbol.dispose)]",
     ]);
+  });
+
+  async function receiveToTheEnd(sock: Connection): Promise<void> {
+    for await (const bytes of sock) expect(bytes).not.toHaveLength(0);
+  }
+
+  const waits = [
+    { kind: "recv", wait: (sock: Connection) => sock.recv(1) },
+    { kind: "recvUntil", wait: (sock: Connection) => sock.recvUntil("\n", 9) },
+    { kind: "recvAll", wait: (sock: Connection) => recvAll(sock, 1) },
+    { kind: "for await", wait: receiveToTheEnd },
+  ];
+  test.each(waits)("throws an error whose stack leads to the caller of $kind", async ({ wait }) => {
+    const { sock } = await pair(0.05);
+    async function callerWhoWaits(): Promise<void> {
+      await wait(sock);
+    }
+    const error = (await failure(callerWhoWaits())) as Error;
+    expect(error.stack).toContain("callerWhoWaits");
   });
 
   test.skipIf(!HAS_PROC)("turns on keep-alive after 60 idle seconds", async () => {
