@@ -1,7 +1,8 @@
 /**
  * The tests of tcp_local.ts. They run over real sockets on 127.0.0.1, unless the comment of a test
- * says why not. `bun test -t WORDS` runs the tests whose title, after that of its section, contains
- * the words. A test to copy, which `bun test -t "recv resolves to what the peer has sent"` runs:
+ * says why not. `bun test -t PATTERN` runs the tests whose full title, the section's and then its
+ * own, matches a regular expression. (Put a `\` before a parenthesis.) A test to copy, which
+ * `bun test -t "recv resolves to what the peer has sent"` runs:
  *
  *     test("resolves to what the peer has sent", async () => {
  *       const { sock, peer } = await pair();
@@ -16,8 +17,8 @@
  * | ----------------------------------------------------------- | ------------------------- |
  * | a connection, and its other end                             | `pair()`                  |
  * | the same, and to say how much the kernel accepts            | `pairWithRoom()`          |
- * | a server that the test plays, for `connect` or the client   | `peerServer()`            |
- * | a client that the test plays, for `listen` or the server    | `peerClient(port)`        |
+ * | a fake server, for `connect` or the client                  | `peerServer()`            |
+ * | a fake client, for `listen` or the server                   | `peerClient(port)`        |
  * | a server that runs a `serve` of the test                    | `serving(serve)`          |
  * | the sixteen-byte server                                     | `programServer()`         |
  * | the sixteen-byte client, which has sent its message         | `programClient()`         |
@@ -30,16 +31,16 @@
  *
  * The sections, in their order:
  *
- * - "recvAll": exactly N bytes (message framing).
+ * - "recvAll": exactly N bytes (message framing), also of bytes that arrive one by one (Nagle).
  * - "recv", "recvUntil", "for await": receiving, backpressure, one reader at a time.
  * - "sendAll", "a sendAll that stops halfway": sending, and what the peer sees if it fails.
  * - "shutdown", "close", "abort": half-closing, lingering, resetting.
- * - "timeout", "a busy connection": idle peers, and calls that yield to the event loop.
+ * - "timeout", "a busy connection": peers that stall, and calls that yield (no starvation).
  * - "a connection": its addresses, keep-alive, both directions at once.
  * - "connect", "listen": names and addresses, the errors and their stacks, `serve`, `stop`.
  * - "repr", "the server", "the client", "the command line", "a bundle": the program.
  * - "the README": its examples.
- * - "under load": memory and descriptors of a process.
+ * - "under load": floods, stalled clients, memory and descriptors of a process (no leak).
  * - "every order of events": every short sequence of calls and events, compared with a model. It
  *   stands at the end of the file, after the helpers.
  */
@@ -99,7 +100,7 @@ describe("recvAll", () => {
     expect(message.buffer.byteLength).toBe(16);
   });
 
-  test("takes a message that has arrived whole at once, and no part of one (tryRecvAll)", async () => {
+  test("takes a complete message at once, and leaves an incomplete one (tryRecvAll)", async () => {
     const { sock, peer } = await pair();
     peer.write("hello!");
     await sock.recv(1); // The rest has arrived, too.
@@ -168,7 +169,7 @@ describe("recvAll", () => {
     expect(error).toMatchObject({ message: "recv must resolve to bytes" });
   });
 
-  test("does not copy what it has again with each of 16,384 pieces", async () => {
+  test("does not copy the message again for each of 16,384 pieces", async () => {
     const piece = Buffer.alloc(4096, "x");
     const start = processorTime();
     const message = await recvAll({ recv: async () => piece }, 64 * MiB);
@@ -265,7 +266,7 @@ describe("recv", () => {
     expect(String(await sock.recv(100))).toBe("world");
   });
 
-  test("keeps no large piece in memory for the sake of a small part of it", async () => {
+  test("does not keep a large piece alive through a small result (shared memory, leaks)", async () => {
     const { sock, peer } = await pair();
     peer.write(Buffer.alloc(100_000));
     const first = await sock.recv(1);
@@ -278,7 +279,7 @@ describe("recv", () => {
   test("holds a fast peer back while nobody reads (backpressure), and loses nothing", async () => {
     const { sock, peer } = await pair();
     peer.write("x");
-    await sock.recv(1); // After a call has waited, Bun has to pause again.
+    await sock.recv(1); // This waits, which resumes the socket. The next piece must pause it again.
     const piece = Buffer.alloc(MiB, "0123456789abcde");
     for (let i = 0; i < 96; i += 1) peer.write(piece);
     await untilItStays(() => peer.writableLength);
@@ -290,8 +291,8 @@ describe("recv", () => {
   });
 
   test("resolves to the bytes that are there, even if close is called in the same tick", async () => {
-    // Three calls a round: in one of 64 rounds, the last one is a 64th call, which yields to the
-    // event loop before it resolves.
+    // Each round makes three calls. In one round of 64, the last one is a 64th call, which yields
+    // to the event loop before it resolves.
     for (let round = 0; round < 64; round += 1) {
       const { sock, peer } = await pair();
       peer.write("hello!");
@@ -304,7 +305,7 @@ describe("recv", () => {
     }
   });
 
-  const microtasks = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]; // The first caller needs fewer to go on.
+  const microtasks = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]; // The first caller resumes within fewer.
   test.each(microtasks)("refuses a second reader, %p microtasks after the first", async (count) => {
     const { sock, peer } = await pair();
     peer.write("Hi the");
@@ -327,14 +328,14 @@ describe("recv", () => {
     { kind: "recvAll", read: (sock: Connection) => recvAll(sock, 5) },
   ];
   describe.each(firstReaders)(
-    "lets nobody in before the caller of a $kind has gone on,",
+    "refuses other readers until the caller of a $kind has resumed,",
     ({ read }) => {
       test.each(microtasks)("%p microtasks after its call", async (count) => {
         const { sock, peer } = await pair();
         peer.write("?" + "line\nbody!x".repeat(64));
         await sock.recv(1); // All the rest has arrived, too.
-        // Three calls a round: in one of 64 rounds, the first one is a 64th call, which yields to the
-        // event loop before it resolves.
+        // Each round makes three calls. In one round of 64, the first one is a 64th call, which
+        // yields to the event loop before it resolves.
         for (let round = 0; round < 64; round += 1) {
           let hasGoneOn = false;
           const first = read(sock).then((line) => {
@@ -356,6 +357,24 @@ describe("recv", () => {
       });
     },
   );
+
+  test("resolves to no bytes, as at the end of the stream, when the peer's process is killed", async () => {
+    const isConnected = Promise.withResolvers<void>();
+    const received = Promise.withResolvers<Buffer>();
+    const listener = await serving(async (sock) => {
+      isConnected.resolve();
+      received.resolve(await sock.recv(1));
+    });
+    const script = `
+      import { connect } from "./tcp_local.ts";
+      const sock = await connect("127.0.0.1", ${listener.port});
+      await sock.recv(1);
+    `;
+    const peer = spawn(["-e", script]);
+    await isConnected.promise;
+    peer.kill("SIGKILL");
+    expect(await received.promise).toHaveLength(0);
+  });
 });
 
 describe("recvUntil", () => {
@@ -502,10 +521,11 @@ describe("recvUntil", () => {
     }
     const timeOfRecv = await timeOf(() => sock.recv(2));
     const timeOfRecvUntil = await timeOf(() => sock.recvUntil("ab", 2));
-    expect(timeOfRecvUntil / timeOfRecv).toBeLessThan(6); // It is 15 if each call searches all.
+    // If each call searched everything, it would be about 15.
+    expect(timeOfRecvUntil / timeOfRecv).toBeLessThan(6);
   });
 
-  test("keeps no large piece in memory while it waits with the few last bytes of one", async () => {
+  test("does not keep a large piece alive while it waits with its last few bytes", async () => {
     const largePieces: WeakRef<Buffer>[] = [];
     const onData = Connection.handlers.data;
     using handler = spyOn(Connection.handlers, "data");
@@ -552,7 +572,7 @@ describe("for await", () => {
     expect(String(await receivedBy(peer))).toBe("and back");
   });
 
-  test("throws the error of recv, after what arrived before it", async () => {
+  test("yields what arrived first, and then throws recv's error", async () => {
     const { sock, peer } = await pair();
     const pieces: string[] = [];
     async function iterate(): Promise<void> {
@@ -720,7 +740,7 @@ describe("sendAll", () => {
     });
   });
 
-  test("tries once more when its time is up, for Bun does not tell of a little room", async () => {
+  test("tries once more when its time is up, because Bun does not report a little room", async () => {
     const { sock, peer, room } = await pairWithRoom(0.05);
     const first = sock.sendAll("hello");
     room.bytes = 5;
@@ -737,7 +757,7 @@ describe("sendAll", () => {
 describe("a sendAll that stops halfway", () => {
   const torn = { code: "EPIPE", message: "an earlier sendAll failed" };
 
-  test("makes later ones reject, so that a broadcast glues no line to a part of another", async () => {
+  test("makes later ones reject, so that a broadcast never joins a line to half of another", async () => {
     const { sock, peer } = await pair(0.05);
     expect(await failure(sock.sendAll(TOO_MUCH))).toMatchObject({ code: "ETIMEDOUT" });
     const reading = streamTo(peer); // The peer begins to read late.
@@ -808,7 +828,7 @@ describe("a sendAll that stops halfway", () => {
     expect(await streamTo(peer)).toEqual({ received: Buffer.from("hello, world"), ending: "end" });
   });
 
-  test("makes those that wait behind it reject, even if nothing of it was sent, so no hole is left", async () => {
+  test("makes the calls queued behind it reject, even if nothing of it was sent", async () => {
     const { sock, peer, room } = await pairWithRoom(0.05);
     const reading = streamTo(peer);
     const calls = [sock.sendAll("first"), sock.sendAll("second"), sock.sendAll("third")];
@@ -820,7 +840,7 @@ describe("a sendAll that stops halfway", () => {
     expect(await reading).toEqual({ received: Buffer.of(), ending: "ECONNRESET" });
   });
 
-  test("leaves the stream intact if shutdown stops it and all that wait before a byte is sent", async () => {
+  test("leaves the stream intact if shutdown stops it before a byte is sent", async () => {
     const { sock, peer, room } = await pairWithRoom();
     room.bytes = 5;
     await sock.sendAll("hello");
@@ -885,7 +905,7 @@ describe("shutdown", () => {
     expect(await failure(sock.sendAll(""))).toMatchObject(broken);
   });
 
-  test("leaves a pending recv as it is (half-open)", async () => {
+  test("leaves a pending recv as it is (half-close)", async () => {
     const { sock, peer } = await pair();
     const receiving = sock.recv(100);
     sock.shutdown();
@@ -982,7 +1002,7 @@ describe.each(["close", "abort"] as const)("%s", (name) => {
 });
 
 describe("close", () => {
-  test("cuts nothing off, even if the peer sends a byte before it reads, and close is called twice", async () => {
+  test("cuts nothing off if the peer sends a byte before it reads, even if called twice (lingering)", async () => {
     const { sock, peer } = await pair();
     const reply = Buffer.alloc(2 * MiB, "reply");
     const begun = await readWhile(peer, sock.sendAll(reply));
@@ -1055,7 +1075,7 @@ describe("close", () => {
 });
 
 describe("abort", () => {
-  test("resets the connection, so the peer does not take what it has for the whole", async () => {
+  test("resets the connection, so that the peer cannot mistake a part for the whole", async () => {
     const { sock, peer } = await pair();
     const reading = streamTo(peer);
     await sock.sendAll("half an answer");
@@ -1077,7 +1097,7 @@ describe("abort", () => {
   });
 
   test.each(["shutdown", "close"] as const)(
-    "ends a connection whose stream %s has ended, even while it lingers",
+    "also ends a connection at once after %s (which lingers after a close)",
     async (name) => {
       const { sock, peer } = await pair();
       await sock.sendAll("hello");
@@ -1153,7 +1173,7 @@ describe("timeout", () => {
     const { sock, peer } = await pair(0.1);
     const { sock: other, peer: caller } = await pair();
     caller.write("?");
-    await other.recv(1); // A socket has had its turn just now, so timers come next.
+    await other.recv(1); // Bun has just handled a socket, so it handles timers next.
     const receiving = recvAll(sock, 16);
     peer.end(MESSAGE);
     const start = performance.now();
@@ -1177,7 +1197,8 @@ describe("timeout", () => {
 });
 
 describe("a busy connection", () => {
-  const COUNT = 64 * 65; // Exactly 65 of so many are a 64th call, and exactly 64 are a 65th.
+  /** Yielding at every 64th call gives 65 turns. Yielding at every 65th would give 64. */
+  const COUNT = 64 * 65;
 
   const kinds = [
     { kind: "recv", call: (sock: Connection) => sock.recv(1) },
@@ -1303,7 +1324,7 @@ describe("a connection", () => {
     expect(`${sock.peername}`).toBe(`('127.0.0.1', ${peer.localPort})`);
   });
 
-  test("prints its addresses and its methods, and nothing of its inside", async () => {
+  test("prints its addresses and its methods, and nothing internal", async () => {
     const { sock } = await pair();
     const printed = Bun.inspect(sock).matchAll(/^  (\S+): /gm);
     expect(Array.from(printed, ([, name]) => name)).toEqual([
@@ -1352,8 +1373,9 @@ describe("a connection", () => {
     expect(seconds).toBeLessThan(61);
   });
 
-  test("rejects with EHOSTUNREACH when keep-alive finds that the peer has vanished", async () => {
-    // No test can wait for that. The socket is made up, and Bun's call of the handler is not.
+  test("rejects with EHOSTUNREACH when keep-alive finds that the peer has vanished (half-open)", async () => {
+    // Keep-alive takes over a minute. The socket is a fake, and the test calls the handler as Bun
+    // would.
     const socket = { setKeepAlive() {}, resume() {} } as unknown as Socket<Connection>;
     const sock = new Connection(socket, Infinity);
     socket.data = sock;
@@ -1536,7 +1558,7 @@ describe("connect", () => {
   });
 
   test("resolves to a connection without addresses, as Bun gives it after an early reset", async () => {
-    // The socket is made up: no test can reset one so early for sure.
+    // The socket is a fake: no test can reset one so early for sure.
     const socket = { setKeepAlive() {}, pause() {} } as unknown as Socket<Connection>;
     using dialled = spyOn(Bun, "connect");
     dialled.mockImplementation(async (options) => {
@@ -1601,6 +1623,19 @@ describe("listen", () => {
     const error = await failure(listen("127.0.0.1", 0, serve));
     expect(error).toBeInstanceOf(TypeError);
     expect(error).toMatchObject({ message: `serve must be a function, not ${serve}` });
+  });
+
+  test("lets a serve that fails abort, so that the client sees a reset", async () => {
+    const { err } = captured();
+    const listener = await serving(async (sock) => {
+      await sock.sendAll("half an ans");
+      sock.abort();
+      throw new EOFError(Buffer.alloc(0), 3);
+    });
+    using sock = await connect("127.0.0.1", listener.port);
+    const error = await failure(recvAll(sock, 14));
+    expect(error).toMatchObject({ code: "ECONNRESET" });
+    expect(err).toEqual([`${sock.sockname}: socket closed 0 bytes into a 3-byte message`]);
   });
 
   test("serves a client while another one is silent", async () => {
@@ -1801,7 +1836,7 @@ describe("listen", () => {
     expect(await received.promise).toHaveLength(0);
   });
 
-  test("does so only if the shutdown has ended the stream, not if it cut a sendAll off", async () => {
+  test("reports a `stop(true)` as ECONNABORTED if the shutdown cut a sendAll off", async () => {
     const isWaiting = Promise.withResolvers<void>();
     const outcome = Promise.withResolvers<unknown>();
     const listener = await serving(async (sock) => {
@@ -2196,7 +2231,8 @@ describe("the command line", () => {
     expect(performance.now() - start).toBeLessThan(3500); // Lingering would take 4 seconds.
   });
 
-  test("imports no module: some are missing in older versions of Bun, and each takes time", () => {
+  test("imports no module", () => {
+    // Some are missing in older versions of Bun, and each takes time.
     const source = readFileSync(`${import.meta.dir}/tcp_local.ts`, "utf8").replace(/^#!.*/, "");
     const imports = new Bun.Transpiler({ loader: "ts" }).scanImports(source);
     expect(imports).toEqual([]);
@@ -2353,7 +2389,7 @@ describe.skipIf(!HAS_PROC)("under load", () => {
     expect(peakMemory(server.pid) - before).toBeLessThan(48 * MiB);
   });
 
-  test("a server that does not read holds one read of 512 KiB for each of 100 clients that flood it", async () => {
+  test("a server that does not read buffers one read of 512 KiB for each of 100 clients that flood it", async () => {
     const script = `
       import { listen } from "./tcp_local.ts";
       const listener = await listen("127.0.0.1", 0, async (sock) => {
@@ -2388,7 +2424,7 @@ describe.skipIf(!HAS_PROC)("under load", () => {
     expect(peakMemory(server.pid) - before).toBeLessThan(64 * MiB);
   });
 
-  test("a server holds little for clients that reset or stall, and breaks no line in two", async () => {
+  test("a server survives 200 clients that reset and 200 that stall, without a leak", async () => {
     const { server, port, out } = await spawnServer(SERVER);
     const printing = Array.fromAsync(out); // A pipe that nobody reads would fill up.
     await exchange(port);
@@ -2430,7 +2466,7 @@ describe.skipIf(!HAS_PROC)("under load", () => {
   });
 });
 
-// ---- What the tests share -----------------------------------------------------------------------
+// ---- Helpers ------------------------------------------------------------------------------------
 
 /** What is stopped after each test, however it ended. */
 const cleanups: (() => unknown)[] = [];
@@ -2479,7 +2515,7 @@ async function pairWithRoom(
   return { sock, peer, room };
 }
 
-/** A server that the test plays, and the first client that it accepts. */
+/** A fake server, and the first client that it accepts. */
 async function peerServer(
   hostname = "127.0.0.1",
   port = 0,
@@ -2498,7 +2534,7 @@ async function peerServer(
   return { port: address.port, accepted };
 }
 
-/** A client that the test plays, and its address as the program prints it. */
+/** A fake client, and its address as the program prints it. */
 async function peerClient(port: number): Promise<{ peer: net.Socket; name: string }> {
   const peer = net.connect({ port, host: "127.0.0.1", allowHalfOpen: true });
   peer.on("error", () => {});
@@ -2585,7 +2621,7 @@ async function programServer(timeout?: number): Promise<number> {
   return listener.port;
 }
 
-/** The program's client in this process, and the server that the test plays, with its message. */
+/** The program's client in this process, a fake server, and the message that it has received. */
 async function programClient(
   timeout?: number,
 ): Promise<{ asking: Promise<void>; peer: net.Socket; message: string }> {
@@ -2619,12 +2655,13 @@ function transcript(host: string, port: number, client: string, message: string)
 
 /** What `promise` rejects with. Give it a promise at once that may reject before it is awaited. */
 async function failure(promise: Promise<unknown>): Promise<unknown> {
+  let value: unknown;
   try {
-    await promise;
+    value = await promise;
   } catch (error) {
     return error;
   }
-  throw new Error("nothing was rejected");
+  throw new Error(`expected a rejection, but it resolved to ${Bun.inspect(value).slice(0, 200)}`);
 }
 
 /** Resolves when Bun has looked at all sockets. It does so between two immediates. */
@@ -2633,7 +2670,9 @@ async function pollSockets(): Promise<void> {
   await new Promise((resolve) => setImmediate(resolve));
 }
 
-/** Resolves when `condition` holds. After 10 seconds, it rejects and says what it has waited for. */
+/**
+ * Resolves when `condition` holds. After 10 seconds, it rejects and says what it has waited for.
+ */
 async function until(words: string, condition: () => boolean): Promise<void> {
   const deadline = performance.now() + 10_000;
   while (!condition()) {
@@ -2830,17 +2869,17 @@ function countDescriptors(pid: number): number {
 // ---- The model for every order of events --------------------------------------------------------
 
 /*
- * What comes of a call depends on what else happens, and in which order: the peer sends, ends its
+ * The outcome of a call depends on what else happens, and in which order: the peer sends, ends its
  * stream or resets, the kernel has room again, a minute passes, this process calls another method.
  * Here a `Connection` goes through every short sequence of such moves, and a model goes through the
- * same. Both must then show the same: what has come of each call, what the peer sees, and whether a
+ * same. Both must then show the same: the outcome of each call, what the peer sees, and whether a
  * timer or the descriptor is still held.
  *
  * - `BlockingSocket` is the model. It says what a connection promises, as plain changes of state:
  *   there are no events in it, and no `await`.
- * - `PlayedConnection` is a `Connection` whose socket, timers and event loop are played. They do
- *   what Bun's were seen to do. This takes microseconds, and a test decides how much room the
- *   kernel has.
+ * - `PlayedConnection` is a `Connection` whose socket, timers and event loop are played. They
+ *   imitate what Bun's were observed to do. This takes microseconds, and a test decides how much
+ *   room the kernel has.
  * - `RealConnection` is a `Connection` over a real socket. It shows that Bun and the kernel still
  *   do what is played.
  * - `Network` is the kernel and the peer, as both the model and the played connection see them.
@@ -2849,7 +2888,7 @@ function countDescriptors(pid: number): number {
  * which is three bytes.
  *
  *     sendAll           The kernel takes "ABC": `sent` is "ABC", `room` is 0, the call is done.
- *     roomForTwoBytes   `room` is 2. Bun tells of it, and no call waits for it.
+ *     roomForTwoBytes   `room` is 2. Bun reports it, and no call waits for it.
  *     sendAll           The kernel takes "DE": `sent` is "ABCDE". The call waits with "F".
  *     aMinutePasses     The call rejects with `TIMED_OUT`. "ABCDE" does not consist of whole
  *                       messages, which is what `isTorn` asks.
@@ -2862,14 +2901,19 @@ function countDescriptors(pid: number): number {
  *      got [sendAll: EPIPE: …], timers: [], the peer sees "A" and then an end, …
  *     want [sendAll: EPIPE: …], timers: [], the peer sees "A" and then nothing, …
  *
- * To add a method to `Connection`:
+ * To add a method to `Connection`, write it in the program first, and then:
  *
  * 1. Add its name to `RECEIVING_MOVES` or `SENDING_MOVES`. It is then part of every sequence, and
  *    `bun check` tells which of the three classes below lack it.
- * 2. Add it to `BlockingSocket`: what it promises. One that waits for bytes calls `receive`, and
- *    says how many of the unread bytes it takes.
+ * 2. Add it to `BlockingSocket`: what it promises. One that waits for bytes calls `receive` with a
+ *    function that says how many of the unread bytes are the result, or 0 if it has to wait. They
+ *    are then taken. For a method that leaves them, `Reader` needs a flag that `settleReader` reads.
  * 3. Add it to `Caller`, which calls the method itself. `RealConnection` inherits it.
  * 4. Add it to `PlayedConnection`, which passes the call on to its `Caller`.
+ * 5. Add it to the test "prints its addresses and its methods". Results are compared as text, so
+ *    whether they share memory needs a test of its own.
+ *
+ * If several tests of the model fail, read the first: its sequence is the shortest.
  */
 describe("every order of events", () => {
   afterEach(() => {
@@ -2879,7 +2923,7 @@ describe("every order of events", () => {
   // The shorter sequences come first, so that the first failure is the shortest. The lengths are
   // what fits into three seconds. With one move more, the longest tests take up to forty each.
   test.each([1, 2, 3, 4])(
-    "agrees with the model for every %p moves, however they fall into turns",
+    "agrees with the model for every sequence of %p, however the moves fall into turns",
     (length) => {
       for (const moves of sequences(length, MOVES)) {
         for (const turns of divisions(moves)) compare(turns);
@@ -2898,7 +2942,7 @@ describe("every order of events", () => {
   });
 
   test.each([1, 2, 3])(
-    "agrees with the model on real sockets for every %p moves, however they fall into turns",
+    "agrees with the model on real sockets for every sequence of %p, however they fall into turns",
     async (length) => {
       using listener = new PeerListener();
       for (const moves of sequences(length, REAL_MOVES)) {
@@ -2936,7 +2980,7 @@ type RealMove = (typeof REAL_MOVES)[number];
 
 const PEER_MOVES: string[] = ["pieceArrives", "peerEnds", "peerResets", ...ROOM_MOVES];
 
-/** What the peer sends, three bytes a move. A delimiter comes first in a piece, or lies in two. */
+/** What the peer sends, three bytes a move. A delimiter starts a piece, or is split across two. */
 const INCOMING = "abc--def--ghijklmn";
 /** What this side sends, three bytes a message. */
 const OUTGOING = "ABCDEFGHIJKLMNOPQR";
@@ -3007,8 +3051,9 @@ function* divisions<Some>(moves: Some[]): Generator<Some[][]> {
 function compare(turns: Move[][]): void {
   const first = play(turns);
   if (first.got === first.want) return;
-  // Every 64th call goes on a turn later. If it is a `sendAll`, the next one waits behind it, and a
-  // `close` in the same turn comes first. When the moves are made again, the 64th is another call.
+  // Every 64th call yields, which can change the outcome. When the moves are made again, the 64th
+  // is another call, so only a difference in both runs counts. (Tests of their own hold the
+  // yielding.)
   const second = play(turns);
   expectSame(turns, second.got, second.want);
 }
@@ -3097,9 +3142,9 @@ type Ending = "nothing" | "an end" | "a reset";
 
 /**
  * The kernel and the peer, and when Bun looks at them. The model and the played connection have
- * this in common. A mistake here is therefore made on both sides and not noticed. Only the runs on
- * real sockets show one in `isReading`. They do not show one in `isRoomTold`, for in them the
- * kernel never has room again. That `sendAll` goes on is for its own tests to show.
+ * this in common. A mistake here is therefore made on both sides and not noticed. The runs on real
+ * sockets catch one in `isReading`. They cannot catch one in `isRoomReported`, because in them the
+ * kernel never has room again. The tests of `sendAll` do.
  */
 class Network {
   /** What has arrived in the kernel, and Bun has not read. */
@@ -3173,15 +3218,15 @@ class Network {
     return "nothing";
   }
 
-  /** Whether Bun tells of room to send. */
-  isRoomTold(): boolean {
+  /** Whether Bun reports room to send. */
+  isRoomReported(): boolean {
     return this.isOpen && this.room > 1 && !this.hasReset;
   }
 
   /** Whether Bun reads. It reads all that came before a reset, even if it was told not to. */
   isReading(): boolean {
-    const mustTellReset = this.hasReset && !this.hasWriteMetReset;
-    return this.isOpen && (!this.isPaused || mustTellReset);
+    const mustReportReset = this.hasReset && !this.hasWriteMetReset;
+    return this.isOpen && (!this.isPaused || mustReportReset);
   }
 }
 
@@ -3311,7 +3356,7 @@ class BlockingSocket extends Network {
     this.settleReader();
     this.settleWriters();
     // Bun tells of room, then of bytes, then of the end, then of a reset.
-    if (this.isRoomTold()) this.write();
+    if (this.isRoomReported()) this.write();
     if (this.isReading()) this.readKernel();
     const isReadingOn = this.isReading(); // It has paused if nobody waited for the bytes.
     if (isReadingOn && this.hasFin) this.hearEnd();
@@ -3556,7 +3601,7 @@ class PlayedClock {
 /** A `Connection` whose socket, timers and event loop do what Bun's were seen to do on Linux. */
 class PlayedConnection extends Network {
   private isWriteShort = false; // Bun owes a `drain`.
-  private hasToldEnd = false; // Bun calls `end` once.
+  private hasReportedEnd = false; // Bun calls `end` once.
   private readonly clock = new PlayedClock();
   private immediates: (() => void)[] = []; // what `setImmediate` was given in this turn
   private readonly socket = this.playedSocket();
@@ -3654,7 +3699,7 @@ class PlayedConnection extends Network {
   }
 
   private poll(): void {
-    if (this.isWriteShort && this.isRoomTold()) {
+    if (this.isWriteShort && this.isRoomReported()) {
       this.isWriteShort = false;
       this.call("drain");
     }
@@ -3666,13 +3711,13 @@ class PlayedConnection extends Network {
     // The handler of `data` may have paused the socket. Then Bun looks no further.
     if (!this.isReading()) return;
     // Bun calls `end` for a write that has failed, too. It does not once this side has ended.
-    const isEndTold = (this.hasFin || this.hasWriteMetReset) && !this.hasSentFin;
-    if (isEndTold && !this.hasToldEnd) {
-      this.hasToldEnd = true;
+    const isEndReported = (this.hasFin || this.hasWriteMetReset) && !this.hasSentFin;
+    if (isEndReported && !this.hasReportedEnd) {
+      this.hasReportedEnd = true;
       this.call("end");
     }
-    // (On a real socket, a reset that comes before the second end is told as an error if Bun has told
-    // the first end before. Only the words of an `EPIPE` depend on it.)
+    // (On a real socket, if Bun has already reported the peer's end, a reset before this side's own
+    // end is reported as an error. Only the text of an `EPIPE` depends on it.)
     const haveBothEnded = this.hasFin && this.hasSentFin;
     const hasError = this.hasReset && !this.hasWriteMetReset && !haveBothEnded;
     if (hasError) this.closeSocket(this.hasFin ? "EPIPE" : "ECONNRESET");
