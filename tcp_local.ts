@@ -20,7 +20,7 @@ import type { Socket, SocketHandler, TCPSocketListener } from "bun";
 export const PORT = 1060;
 
 /**
- * Receives exactly `length` bytes, and resolves to them in a new buffer. `sock` is anything with a
+ * Receives exactly `length` bytes and resolves to them in a new buffer. `sock` is anything with a
  * `recv(maxLength)` that resolves to between 1 and `maxLength` bytes, or to an empty array at the
  * end of the stream.
  *
@@ -102,7 +102,7 @@ export async function server(
   return listener;
 }
 
-/** Exchanges one message with the server at `host`, and prints what the Python program prints. */
+/** Exchanges one message with the server at `host` and prints what the Python program prints. */
 export async function client(
   host: string,
   port: number = PORT,
@@ -115,7 +115,7 @@ export async function client(
   console.log(`The server said ${repr(reply)}`);
 }
 
-/** Runs the mode named on the command line, and resolves to the exit status. */
+/** Runs the mode named on the command line and resolves to the exit status. */
 export async function main(args: string[]): Promise<number> {
   const mode = args[0];
   const host = args[1] ?? "127.0.0.1";
@@ -160,15 +160,15 @@ const REASONS: Record<string, string> = {
  * A socket call failed, and `code` says why:
  *
  * - `ETIMEDOUT`: The timeout expired.
- * - `ECONNREFUSED`: Nothing listens at that address, or there is no route to it.
+ * - `ECONNREFUSED`: Nothing listens at that address, or it cannot be reached or does not answer.
  * - `ECONNRESET`: The peer reset the connection.
  * - `EPIPE`: This side has called `shutdown`, an earlier `sendAll` left a gap, or the peer ended
  *   its stream and then reset the connection.
  * - `EHOSTUNREACH`: The peer, or the network to it, has vanished.
  * - `EBADF`: This side has called `close` or `abort`.
  * - `ECONNABORTED`: The connection was cut off on this side, by `stop(true)` on Bun's listener or
- *   by the system, as `ss -K` does. (After `shutdown`, Bun does not distinguish this from the end
- *   of the peer's stream, and `recv` resolves to an empty buffer.)
+ *   by the system, as `ss -K` does. After `shutdown`, Bun does not distinguish this from the end of
+ *   the peer's stream, and `recv` resolves to an empty buffer.
  *
  * Other codes, such as `EADDRINUSE`, come from the system or from Bun. If Bun reports an error
  * without a code, `code` is empty.
@@ -188,7 +188,7 @@ export class SocketError extends Error {
  * why. If Bun complains about an invalid argument, the caller has made a mistake, and Bun's own
  * error is thrown.
  */
-function toSocketError(summary: string, cause: unknown): unknown {
+function toError(summary: string, cause: unknown): unknown {
   if (cause instanceof TypeError || cause instanceof RangeError) return cause;
   const error = cause as NodeJS.ErrnoException;
   const code = error.code ?? "";
@@ -326,7 +326,7 @@ class ReceiveBuffer {
 
   /** Gives memory back if less than half of it is still needed. */
   compact(): void {
-    if (this.#taken <= this.length) return;
+    if (this.length >= this.#bytes.length / 2) return;
     this.#bytes = Buffer.copyBytesFrom(this.#bytes, this.#taken);
     this.#taken = 0;
   }
@@ -376,12 +376,17 @@ class Lock {
 const CALLS_PER_TURN = 64;
 let callsLeft = CALLS_PER_TURN; // on all connections together
 
-/** Counts a call. Returns true if it is a 64th one, which has to yield. */
+/** Counts a call. Returns true for every 64th one, which has to yield. */
 function countCall(): boolean {
   callsLeft -= 1;
   if (callsLeft > 0) return false;
   callsLeft = CALLS_PER_TURN;
   return true;
+}
+
+/** Whether the next call that is counted has to yield. */
+function willYield(): boolean {
+  return callsLeft === 1;
 }
 
 function eventLoopTurn(): Promise<void> {
@@ -393,8 +398,8 @@ const LINGER_TIME = 4;
 
 /**
  * A TCP connection with the methods of a blocking socket: await `recv` and `sendAll` where Python's
- * `recv` and `sendall` block. When the network fails, they reject with a `SocketError`, whose
- * comment lists the codes.
+ * `recv` and `sendall` block. When they fail, they reject with a `SocketError`, whose comment lists
+ * the codes.
  *
  * An open connection keeps the process alive, so declare it with `using`, which closes it.
  *
@@ -402,18 +407,22 @@ const LINGER_TIME = 4;
  *     await sock.sendAll("Hi there, server");
  *     const reply = await recvAll(sock, 16);
  *
- * What `recv` and `sendAll` do after an event, and what the peer sees. `sendAll` says what a gap
- * is. If several rows apply, `close` and `abort` come first, and then a reset.
+ * The table shows what `recv` and `sendAll` do after each event, and what the peer sees. Gaps are
+ * explained at `sendAll`.
  *
- * | after                   | `recv`                      | `sendAll`        | the peer sees      |
- * | ----------------------- | --------------------------- | ---------------- | ------------------ |
- * | the end of the stream   | resolves to an empty buffer | sends            |                    |
- * | a reset                 | what is left, then rejects  | rejects          |                    |
- * | a timeout               | receives                    | sends            |                    |
- * | a gap left by `sendAll` | receives                    | rejects: `EPIPE` | a reset at `close` |
- * | `shutdown`              | receives                    | rejects: `EPIPE` | the end            |
- * | `close`                 | rejects: `EBADF`            | rejects: `EBADF` | the end            |
- * | `abort`                 | rejects: `EBADF`            | rejects: `EBADF` | a reset            |
+ * | after                 | `recv`                      | `sendAll`        | the peer sees      |
+ * | --------------------- | --------------------------- | ---------------- | ------------------ |
+ * | the end of the stream | resolves to an empty buffer | sends            |                    |
+ * | a broken connection   | receives the rest, rejects  | rejects          |                    |
+ * | a timeout             | receives                    | sends            |                    |
+ * | a gap                 | receives                    | rejects: `EPIPE` | a reset at `close` |
+ * | `shutdown`            | receives                    | rejects: `EPIPE` | the end            |
+ * | `close`               | rejects: `EBADF`            | rejects: `EBADF` | the end            |
+ * | `abort`               | rejects: `EBADF`            | rejects: `EBADF` | a reset            |
+ *
+ * If several rows apply, `close` and `abort` decide what a call does. Then `recv` looks for the end
+ * of the stream first, and `sendAll` for a broken connection. Once there is a gap, the peer never
+ * sees an end.
  */
 export class Connection {
   /**
@@ -432,17 +441,22 @@ export class Connection {
   readonly #sendLock = new Lock();
   /** Whether a `sendAll` has sent a part of its data, and waits to send the rest. */
   #isPartway = false;
-  /** Whether the stream lacks data, because a `sendAll` left a gap, or because of `abort`. */
+  /** Whether data is missing from the stream, because a `sendAll` left a gap. */
   #hasGap = false;
-  /** Whether `shutdown` or `close` was called: this side sends no more. */
+  /** Whether `shutdown`, `close` or `abort` was called: this side sends no more. */
   #hasShutDown = false;
-  /** Whether `close` was called. */
+  /** Whether `close` or `abort` was called. */
   #hasClosed = false;
+  /** Whether `abort` was called. */
+  #hasAborted = false;
   /** Whether the end of the peer's stream has arrived. */
   #peerHasEnded = false;
   /** The code of the first error. It is empty while there is none. */
   #errorCode = "";
-  /** Whether Bun has closed the socket. If so, the peer has ended, or there is an error code. */
+  /**
+   * Whether Bun has closed the socket. If so, the peer's stream has ended, or there is an error
+   * code.
+   */
   #isDisconnected = false;
   /** Notified when `recv` may go on: bytes have arrived, or the end, or an error. */
   readonly #arrival = new Condition();
@@ -451,8 +465,8 @@ export class Connection {
   #lingerTimer: ReturnType<typeof setTimeout> | undefined;
 
   /**
-   * The handlers that Bun calls. They find the connection in `socket.data`, which Bun leaves to the
-   * program.
+   * Internal: the handlers that Bun calls. They find the connection in `socket.data`, which Bun
+   * leaves to the program.
    */
   static readonly handlers: SocketHandler<Connection> = {
     data: (socket, bytes) => socket.data.#onData(bytes),
@@ -461,7 +475,10 @@ export class Connection {
     drain: (socket) => socket.data.#room.notify(),
   };
 
-  /** `socket` is open and has these handlers. The caller stores the connection in `socket.data`. */
+  /**
+   * Internal: `socket` is open and has these handlers. The caller stores the connection in
+   * `socket.data`.
+   */
   constructor(socket: Socket<Connection>, timeout: number) {
     this.#socket = socket;
     this.timeout = timeout;
@@ -474,10 +491,10 @@ export class Connection {
   }
 
   /**
-   * How long, in seconds, a call may wait without receiving or sending a byte before it rejects
-   * with `ETIMEDOUT`. `Infinity`, like Python's `None`, means that it waits as long as it takes. A
-   * change applies to calls that begin after it. Setting anything but a number above 0 throws a
-   * `RangeError`.
+   * How long a call may go without progress, in seconds: a `recv` without receiving a byte, or a
+   * `sendAll` without sending one. After that, it rejects with `ETIMEDOUT`. `Infinity`, like
+   * Python's `None`, means that it waits as long as it takes. A change applies to calls that begin
+   * after it. Setting anything but a number above 0 throws a `RangeError`.
    *
    * Without a timeout, calls still reject with `EHOSTUNREACH` when the peer has vanished, as in a
    * power failure. TCP keep-alive notices that after about 70 seconds of silence. If data that was
@@ -519,10 +536,10 @@ export class Connection {
       this.#fail("EHOSTUNREACH");
     } else if (error?.code) {
       this.#fail(error.code);
-    } else if (hasSentEnd) {
-      // When both sides have ended, Bun closes the socket without calling `end` first. (After
-      // `stop(true)`, it does just the same.)
-      this.#onEnd();
+    } else if (hasSentEnd && !this.#errorCode) {
+      // When both sides have ended, Bun closes the socket without calling `end` first. (It does the
+      // same after `stop(true)`, so the two cannot be told apart.)
+      this.#peerHasEnded = true;
     } else {
       // Bun reports no error, and this side has not ended its stream: something on this side, such
       // as `stop(true)` on the listener, has closed the socket.
@@ -539,10 +556,11 @@ export class Connection {
 
   /**
    * Resolves to between 1 and `maxLength` bytes as soon as any have arrived, or to an empty buffer
-   * at the end of the stream. The memory is the caller's own.
+   * at the end of the stream. The buffer belongs to the caller.
    *
-   * If the connection breaks, bytes that had already arrived can still be received. After that,
-   * `recv` rejects. A `recv` that times out loses nothing, and may be called again.
+   * If the connection breaks before the end of the stream, bytes that had already arrived can still
+   * be received. After that, `recv` rejects. A `recv` that times out loses nothing, and may be
+   * called again.
    *
    * Only one call may receive at a time. A second one rejects with an `Error`, and leaves the first
    * undisturbed. Rejects with a `RangeError` if `maxLength` is not a positive integer.
@@ -558,8 +576,8 @@ export class Connection {
    * the same.
    *
    * Check that the result ends with the delimiter. If it does not, the text is too long or cut off.
-   * Do not look for the delimiter in the next result, because the limit may have cut it in two: one
-   * result may end with "\r", and the next one begin with "\n".
+   * Do not call again to get the rest of the line: the limit may have fallen inside the delimiter,
+   * with "\r" at the end of one result and "\n" at the start of the next.
    *
    * The timeout restarts whenever bytes arrive. A call that rejects because of a timeout or a reset
    * loses nothing: the bytes that had arrived can be received with `recv`. Choose a `maxLength` of
@@ -581,7 +599,7 @@ export class Connection {
     const delimiter = until && Buffer.from(bytesOf(until.delimiter));
     if (delimiter?.length === 0) throw new RangeError("the delimiter must not be empty");
     if (this.#isReceiving) {
-      if (countCall()) await eventLoopTurn();
+      if (countCall()) await eventLoopTurn(); // A loop that tries again must not starve the first.
       throw new Error("recv called while another recv is pending");
     }
     this.#isReceiving = true;
@@ -594,7 +612,7 @@ export class Connection {
         // An error alone is no reason to give up: after a failed `sendAll`, Bun may still have to
         // read bytes that arrived before.
         if (this.#isDisconnected) throw new SocketError(this.#errorCode);
-        // `recvUntil` may wait with a few bytes, which must not keep a large piece in memory.
+        // The few bytes that a `recvUntil` already has must not keep a large piece in memory.
         this.#unread.compact();
         // No handler can run between the checks above and this wait, so no `notify` is missed.
         this.#socket.resume();
@@ -610,25 +628,25 @@ export class Connection {
   }
 
   #endReceiving(): void {
-    // The caller continues in a later microtask. Until then, no other `recv` may slip in and take
-    // the rest of its message. The flag is therefore cleared in the microtask just before.
+    // Between the moment at which a call settles and that at which its caller resumes, somebody
+    // else could call `recv` and take the rest of the caller's message. The flag therefore stays
+    // set until then: this microtask is queued just ahead of the one that resumes the caller.
     queueMicrotask(() => {
       this.#isReceiving = false;
     });
   }
 
   /**
-   * The part of `recvAll` that does not wait. If `length` bytes have arrived, returns them in a
-   * buffer of their own. Otherwise, or if the call would have to reject or to yield, returns
-   * undefined and takes nothing.
+   * Internal: the part of `recvAll` that does not wait. If `length` bytes have arrived, returns
+   * them in a buffer of their own. Otherwise, or if the call would have to reject or to yield,
+   * returns undefined and takes nothing.
    */
   tryRecvAll(length: number): Buffer | undefined {
-    // Somebody may have put a `recv` of their own in place of this one, to count bytes, say.
+    // A program may have replaced `recv`, for example to count bytes.
     if (this.recv !== Connection.prototype.recv) return undefined;
     const hasArrived = Number.isInteger(length) && length > 0 && length <= this.#unread.length;
-    const mustYield = callsLeft === 1;
-    if (!hasArrived || this.#isReceiving || mustYield) return undefined;
-    callsLeft -= 1;
+    if (!hasArrived || this.#isReceiving || willYield()) return undefined;
+    countCall();
     this.#isReceiving = true;
     this.#endReceiving();
     return this.#unread.take(length);
@@ -644,11 +662,11 @@ export class Connection {
   }
 
   /**
-   * Iterates over what arrives, piece by piece, until the end of the stream. Leaving the loop does
-   * not close the connection.
+   * Iterates over what arrives, in pieces of at most 64 KiB, until the end of the stream. Throws
+   * when `recv` rejects. Leaving the loop does not close the connection.
    */
   [Symbol.asyncIterator](): AsyncIterator<Buffer, void> {
-    // This is no async generator, because the stack of its errors would not lead to the loop.
+    // Not an async generator: the stack of an error from one would not lead back to the loop.
     return { next: () => this.#nextPiece() };
   }
 
@@ -666,14 +684,14 @@ export class Connection {
    * Concurrent calls are sent one after the other, in the order in which they were made. Time spent
    * waiting for another call does not count towards the timeout.
    *
-   * If a call fails after part of its data was sent, or while others are queued behind it, it
-   * leaves a gap in the stream. The queued calls and all later ones then reject with `EPIPE`, and
-   * `close` resets the connection, so that the peer cannot mistake what it has received for the
-   * whole. It is therefore safe to repeat a call that timed out: if it left a gap, the new call
-   * rejects.
+   * If a call fails after part of its data was sent, it leaves a gap in the stream. It also does so
+   * if others are queued behind it, unless `shutdown` or `close` made it fail. The queued calls and
+   * all later ones then reject with `EPIPE`, and `close` resets the connection, so that the peer
+   * cannot mistake what it has received for the whole. It is therefore safe to repeat a call that
+   * timed out: if it left a gap, the new call rejects.
    *
-   * Two things hide a gap, because the kernel ends the stream as if it were complete: a process
-   * that exits without `close` or `abort`, and `stop(true)` on the listener.
+   * A gap stays hidden in two cases: if the process exits without `close` or `abort`, and after
+   * `stop(true)` on the listener. In both, the kernel ends the stream as if it were complete.
    *
    * Rejects with a `TypeError` if `data` is neither a string nor bytes.
    */
@@ -702,15 +720,18 @@ export class Connection {
     } catch (error) {
       // Yield before looking at the queue: other calls may join it meanwhile, and they count too.
       if (countCall()) await eventLoopTurn();
-      const isMissed = this.#sendLock.hasWaiters && !this.#hasShutDown;
-      if (this.#isPartway || isMissed) this.#hasGap = true;
+      // Those in the queue would be sent as if this call had never been made. (After `shutdown`,
+      // none of them is sent, so nothing is missing from the middle.)
+      const othersFollow = this.#sendLock.hasWaiters && !this.#hasShutDown;
+      if (this.#isPartway || othersFollow) this.#hasGap = true;
       throw error;
     } finally {
       this.#isPartway = false;
       this.#sendLock.release();
     }
-    // A queued call has yielded before it sent. Any other yields only now, when it has sent its
-    // data in the tick in which it was made, and when the next call can do so, too.
+    // A call that had to queue has been counted already. Any other is counted only here, so that
+    // its data is sent in the tick in which it was called. The lock is free again, so the next call
+    // need not queue.
     if (!queueing && countCall()) await eventLoopTurn();
   }
 
@@ -719,7 +740,7 @@ export class Connection {
    * received everything.
    */
   get #mustReset(): boolean {
-    return this.#isPartway || this.#hasGap;
+    return this.#isPartway || this.#hasGap || this.#hasAborted;
   }
 
   /** Hands the kernel `count` bytes from `start` on. Returns how many of them it accepted. */
@@ -788,7 +809,7 @@ export class Connection {
    * taken back.)
    */
   abort(): void {
-    this.#hasGap = true; // so that `close` sends no end
+    this.#hasAborted = true; // so that `close` resets the connection
     this.close();
     this.#socket.terminate(); // `close` does nothing to a connection that already lingers.
   }
@@ -812,8 +833,8 @@ function bytesOf(data: string | NodeJS.ArrayBufferView | ArrayBufferLike): Uint8
  * attempts together, and becomes the connection's timeout. By default there is no timeout.
  *
  * Rejects with a `SocketError` if `host` cannot be resolved, if no address accepts (the error is
- * then the last address's), or if the time is up. Rejects with a `RangeError` or a `TypeError` for
- * an invalid argument.
+ * then the last address's), or if the timeout expires. Rejects with a `RangeError` or a `TypeError`
+ * for an invalid argument.
  *
  * Bun cannot cancel an attempt. After a timeout, the process may stay alive until the kernel gives
  * up. If the attempt succeeds after all, the connection is closed.
@@ -826,17 +847,17 @@ export async function connect(
   checkHost(host);
   checkTimeout(timeout);
   const blank = new SocketError(""); // before the first `await`: see `fillIn`
-  const deadline = { isOver: false };
-  const dialling = dial(host, port, timeout, deadline);
+  const controller = new AbortController();
+  const dialling = dial(host, port, timeout, controller.signal);
   const settled = new Condition();
   const notify = () => settled.notify();
   // The second `notify` also keeps a failure after the timeout from being an unhandled rejection.
   dialling.then(notify, notify);
   const isInTime = await settled.wait(timeout);
   if (!isInTime) {
-    deadline.isOver = true;
+    controller.abort();
     const cause = new SocketError("ETIMEDOUT");
-    throw fillIn(blank, toSocketError(`cannot connect to (${repr(host)}, ${port})`, cause));
+    throw fillIn(blank, toError(`cannot connect to (${repr(host)}, ${port})`, cause));
   }
   try {
     return await dialling;
@@ -850,7 +871,7 @@ async function dial(
   host: string,
   port: number,
   timeout: number,
-  deadline: { isOver: boolean },
+  signal: AbortSignal,
 ): Promise<Connection> {
   const open = (socket: Socket<Connection>) => {
     socket.data = new Connection(socket, timeout); // where the handlers find it
@@ -859,14 +880,14 @@ async function dial(
   const addresses = await lookUp(host);
   let failure: unknown;
   for (const hostname of addresses) {
-    if (deadline.isOver) break;
+    if (signal.aborted) break;
     try {
       // Without `allowHalfOpen`, Bun would end this side as soon as the peer ends its own.
       const socket = await Bun.connect({ hostname, port, allowHalfOpen: true, socket: handlers });
-      if (deadline.isOver) socket.data.close();
+      if (signal.aborted) socket.data.close();
       return socket.data; // `open` has set it.
     } catch (error) {
-      failure = toSocketError(`cannot connect to ${new Address(hostname, port)}`, error);
+      failure = toError(`cannot connect to ${new Address(hostname, port)}`, error);
     }
   }
   throw failure; // If it is too late, nobody sees this.
@@ -880,12 +901,14 @@ async function dial(
  *
  * If `serve` throws, the client's address and the reason go to standard error, and other clients
  * are unaffected. Anything but a `SocketError` or an `EOFError` is a bug, and is printed with its
- * stack. The connection is closed as usual. If that would make half an answer look like a whole
- * one, catch the error in `serve`, call `abort`, and throw it again.
+ * stack. The connection is then closed with an ordinary end, and the client cannot tell a broken
+ * answer from a whole one. If that matters, catch the error in `serve`, call `abort`, and throw it
+ * again.
  *
- * Resolves to Bun's listener, which has a `port` and a `stop()`. Port 0 picks a free port. Rejects
- * with a `SocketError` if it cannot listen there, and with a `RangeError` or a `TypeError` for an
- * invalid argument.
+ * Resolves to Bun's listener. Its `port` is the one that was picked if `port` is 0. Its `stop()`
+ * accepts no more clients, and `stop(true)` also cuts off those that are connected. Rejects with a
+ * `SocketError` if it cannot listen there, and with a `RangeError` or a `TypeError` for an invalid
+ * argument.
  */
 export async function listen(
   host: string,
@@ -924,14 +947,15 @@ export async function listen(
 function bind(
   hostname: string,
   port: number,
-  socket: SocketHandler<Connection>,
+  handlers: SocketHandler<Connection>,
 ): TCPSocketListener<Connection> {
   try {
     // Bun sets SO_REUSEADDR, which on Windows lets a second server take the port. `exclusive`
     // prevents that.
-    return Bun.listen({ hostname, port, exclusive: true, allowHalfOpen: true, socket });
+    const options = { hostname, port, exclusive: true, allowHalfOpen: true, socket: handlers };
+    return Bun.listen(options);
   } catch (error) {
-    throw toSocketError(`cannot listen at ${new Address(hostname, port)}`, error);
+    throw toError(`cannot listen at ${new Address(hostname, port)}`, error);
   }
 }
 
@@ -945,10 +969,10 @@ async function lookUp(host: string): Promise<[string, ...string[]]> {
     // As in Python, this asks the system's resolver. Bun's own does not know `127.1`.
     found = await Bun.dns.lookup(host, { family: 4, backend: "system" });
   } catch (error) {
-    throw toSocketError(summary, error);
+    throw toError(summary, error);
   }
   const [first, ...others] = found.map((entry) => entry.address);
-  if (first === undefined) throw toSocketError(summary, new SocketError("DNS_ENOTFOUND"));
+  if (first === undefined) throw toError(summary, new SocketError("DNS_ENOTFOUND"));
   return [first, ...others];
 }
 
