@@ -431,6 +431,11 @@ describe("recvUntil", () => {
       gives: ["abc\r\n", "de", "", ""],
     },
     {
+      kind: "resolves to what is left, even if that is most of a piece",
+      pieces: ["a\r\nbcdefgh"],
+      gives: ["a\r\n", "bcdefgh", ""],
+    },
+    {
       kind: "does not mistake half a delimiter for a whole one",
       pieces: ["a\rb\nc\n\r\r\n"],
       gives: ["a\rb\nc\n\r\r\n", ""],
@@ -525,7 +530,14 @@ describe("recvUntil", () => {
     expect(timeOfRecvUntil / timeOfRecv).toBeLessThan(6);
   });
 
-  test("does not keep a large piece alive while it waits with its last few bytes", async () => {
+  const idlers = [
+    {
+      kind: "waits with its last few bytes",
+      idle: (sock: Connection) => void failure(sock.recvUntil("\n", 100)), // to the end of the test
+    },
+    { kind: "has taken all of it", idle: (sock: Connection) => recvAll(sock, 4) },
+  ];
+  test.each(idlers)("does not keep a large piece alive when it $kind", async ({ idle }) => {
     const largePieces: WeakRef<Buffer>[] = [];
     const onData = Connection.handlers.data;
     using handler = spyOn(Connection.handlers, "data");
@@ -538,7 +550,7 @@ describe("recvUntil", () => {
       const message = Buffer.alloc(64 * 1024);
       peer.write(Buffer.concat([message, Buffer.from("rest")]));
       await recvAll(sock, message.length);
-      failure(sock.recvUntil("\n", 100)); // It waits, to the end of the test.
+      await idle(sock);
     }
     await pollSockets();
     handler.mockClear(); // A spy keeps what it was called with.
