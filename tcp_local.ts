@@ -913,7 +913,7 @@ async function dial(
 export async function listen(
   host: string,
   port: number,
-  serve: (connection: Connection) => void | Promise<void>,
+  serve: (connection: Connection) => unknown,
   timeout: number = Infinity,
 ): Promise<TCPSocketListener<Connection>> {
   checkHost(host);
