@@ -20,18 +20,20 @@ import type { Socket, SocketHandler, TCPSocketListener } from "bun";
 export const PORT = 1060;
 
 /**
- * Receives exactly `length` bytes and resolves to them in a new buffer. `sock` is anything with a
- * `recv(maxLength)` that resolves to between 1 and `maxLength` bytes, or to an empty array at the
- * end of the stream.
+ * Receives exactly `length` bytes and resolves to a new buffer that holds them. `sock` is anything
+ * with a `recv(maxLength)` that resolves to between 1 and `maxLength` bytes, or to an empty array
+ * at the end of the stream.
  *
  * `recv` is never asked for more bytes than are missing, so whatever follows the message is left
  * for the next call. A `length` of 0 reads nothing. If `sock` has a timeout, it applies to each
  * `recv`, not to the whole message.
  *
  * Rejects with an `EOFError` if the stream ends first, and with `recv`'s own error if `recv`
- * rejects. If that happens in the middle of a message, close the connection, even after a timeout:
- * the part that had arrived is no longer in the socket. Rejects with a `RangeError` if `length` is
- * not a non-negative integer, and with a `TypeError` if `recv` resolves to anything but bytes.
+ * rejects. After either, even a timeout, close the connection: the part of the message that had
+ * arrived is no longer in the socket. Rejects with a `RangeError` if `length` is not a non-negative
+ * integer, and with a `TypeError` if `recv` resolves to anything but bytes.
+ *
+ * The buffer is allocated at once, so limit a `length` that the peer has sent.
  */
 export async function recvAll(
   sock: { recv(maxLength: number): Promise<Uint8Array> },
@@ -75,9 +77,9 @@ export class EOFError extends Error {
 }
 
 /**
- * Answers every client that connects to `host`, and prints what the Python program prints. Variable
- * names follow that program. A client that stays silent for `timeout` seconds is disconnected.
- * Resolves to Bun's listener.
+ * Answers every client that connects to `host` and prints what the Python program prints. The
+ * variables `sc` and `message` are that program's. A client that stays silent for `timeout` seconds
+ * is disconnected. Resolves to Bun's listener.
  */
 export async function server(
   host: string,
@@ -160,15 +162,16 @@ const REASONS: Record<string, string> = {
  * A socket call failed, and `code` says why:
  *
  * - `ETIMEDOUT`: The timeout expired.
- * - `ECONNREFUSED`: Nothing listens at that address, or it cannot be reached or does not answer.
+ * - `ECONNREFUSED`: Nothing listens at that address, or the host cannot be reached or does not
+ *   answer.
  * - `ECONNRESET`: The peer reset the connection.
  * - `EPIPE`: This side has called `shutdown`, an earlier `sendAll` left a gap, or the peer ended
  *   its stream and then reset the connection.
  * - `EHOSTUNREACH`: The peer, or the network to it, has vanished.
  * - `EBADF`: This side has called `close` or `abort`.
  * - `ECONNABORTED`: The connection was cut off on this side, by `stop(true)` on Bun's listener or
- *   by the system, as `ss -K` does. After `shutdown`, Bun does not distinguish this from the end of
- *   the peer's stream, and `recv` resolves to an empty buffer.
+ *   by the system (with `ss -K`, for example). After `shutdown`, Bun does not distinguish this from
+ *   the end of the peer's stream, and `recv` resolves to an empty buffer.
  *
  * Other codes, such as `EADDRINUSE`, come from the system or from Bun. If Bun reports an error
  * without a code, `code` is empty.
@@ -185,8 +188,8 @@ export class SocketError extends Error {
 
 /**
  * The error to throw when Bun throws `cause`: a `SocketError` that says what could not be done, and
- * why. If Bun complains about an invalid argument, the caller has made a mistake, and Bun's own
- * error is thrown.
+ * why. If Bun complains about an invalid argument, the caller has made a mistake, and this returns
+ * Bun's own error.
  */
 function toError(summary: string, cause: unknown): unknown {
   if (cause instanceof TypeError || cause instanceof RangeError) return cause;
@@ -200,10 +203,10 @@ function toError(summary: string, cause: unknown): unknown {
  * If `error` is a `SocketError`, copies it into `blank` and returns `blank`. Returns any other
  * error unchanged.
  *
- * In Bun, the stack of an error that is created after an `await` includes the async functions that
- * are waiting, but not a module that waits at its top level, where `connect` and `listen` are
- * usually called. They therefore create a blank error at once, and fill it in when they fail. An
- * uncaught error then points to the line that called them.
+ * In Bun, an error that is created after an `await` has a stack with the async functions that are
+ * waiting. It does not have a module that waits at its top level, which is where `connect` and
+ * `listen` are usually called. They therefore create a blank error at once and fill it in when they
+ * fail. An uncaught error then points to the line that called them.
  */
 function fillIn(blank: SocketError, error: unknown): unknown {
   if (!(error instanceof SocketError)) return error;
@@ -301,7 +304,7 @@ class ReceiveBuffer {
    * The length up to and including the first `delimiter`, or 0 if the first `maxLength` bytes do
    * not contain it.
    */
-  lengthThrough(delimiter: Uint8Array, maxLength: number): number {
+  lengthUpTo(delimiter: Uint8Array, maxLength: number): number {
     const first = this.#bytes.subarray(this.#taken, this.#taken + maxLength);
     const index = first.indexOf(delimiter);
     return index < 0 ? 0 : index + delimiter.length;
@@ -337,7 +340,7 @@ class ReceiveBuffer {
   }
 }
 
-/** Lets in one caller at a time, in the order in which they came: Python's `asyncio.Lock`. */
+/** Lets in one caller at a time, in order of arrival: Python's `asyncio.Lock`. */
 class Lock {
   #isHeld = false;
   readonly #queue: (() => void)[] = [];
@@ -347,7 +350,7 @@ class Lock {
   }
 
   /**
-   * Acquires the lock if it is free, and returns undefined. (In JavaScript, even an `await` with
+   * Acquires the lock if it is free and returns undefined. (In JavaScript, even an `await` with
    * nothing to wait for lets other code run first.) Otherwise, returns a promise that resolves when
    * the lock has been acquired.
    */
@@ -362,7 +365,7 @@ class Lock {
   }
 
   release(): void {
-    // The lock stays held for the next in the queue, so that nobody overtakes them.
+    // The lock stays held for the next in the queue, so that nobody jumps the queue.
     const next = this.#queue.shift();
     if (next) next();
     else this.#isHeld = false;
@@ -376,16 +379,16 @@ class Lock {
 const CALLS_PER_TURN = 64;
 let callsLeft = CALLS_PER_TURN; // on all connections together
 
-/** Counts a call. Returns true for every 64th one, which has to yield. */
-function countCall(): boolean {
+/** Counts a call. Returns whether it has to yield, as every 64th one does. */
+function mustYield(): boolean {
   callsLeft -= 1;
   if (callsLeft > 0) return false;
   callsLeft = CALLS_PER_TURN;
   return true;
 }
 
-/** Whether the next call that is counted has to yield. */
-function willYield(): boolean {
+/** Whether `mustYield` would return true, without counting a call. */
+function wouldYield(): boolean {
   return callsLeft === 1;
 }
 
@@ -398,8 +401,8 @@ const LINGER_TIME = 4;
 
 /**
  * A TCP connection with the methods of a blocking socket: await `recv` and `sendAll` where Python's
- * `recv` and `sendall` block. When they fail, they reject with a `SocketError`, whose comment lists
- * the codes.
+ * `recv` and `sendall` block. When the connection fails them, they reject with a `SocketError` (see
+ * there for the codes).
  *
  * An open connection keeps the process alive, so declare it with `using`, which closes it.
  *
@@ -407,8 +410,9 @@ const LINGER_TIME = 4;
  *     await sock.sendAll("Hi there, server");
  *     const reply = await recvAll(sock, 16);
  *
- * The table shows what `recv` and `sendAll` do after each event, and what the peer sees. Gaps are
- * explained at `sendAll`.
+ * The table shows what `recv` and `sendAll` do after each event, and what the peer sees. A broken
+ * connection is one with an error, such as `ECONNRESET` or `EHOSTUNREACH`. Gaps are explained at
+ * `sendAll`.
  *
  * | after                 | `recv`                      | `sendAll`        | the peer sees      |
  * | --------------------- | --------------------------- | ---------------- | ------------------ |
@@ -420,16 +424,16 @@ const LINGER_TIME = 4;
  * | `close`               | rejects: `EBADF`            | rejects: `EBADF` | the end            |
  * | `abort`               | rejects: `EBADF`            | rejects: `EBADF` | a reset            |
  *
- * If several rows apply, `close` and `abort` decide what a call does. Then `recv` looks for the end
- * of the stream first, and `sendAll` for a broken connection. Once there is a gap, the peer never
- * sees an end.
+ * If several rows apply, `close` and `abort` come first. Without them, the end of the stream takes
+ * precedence for `recv`, and a broken connection for `sendAll`. Once there is a gap, neither
+ * `shutdown` nor `close` sends an end.
  */
 export class Connection {
   /**
    * The address of this end. It is ('0.0.0.0', 0) if the peer reset the connection at once.
    */
   readonly sockname: Address;
-  /** The address of the peer. It is also ('0.0.0.0', 0) in that case. */
+  /** The address of the peer, likewise ('0.0.0.0', 0) in that case. */
   readonly peername: Address;
 
   readonly #socket: Socket<Connection>;
@@ -437,9 +441,9 @@ export class Connection {
   readonly #unread = new ReceiveBuffer();
   /** Whether a `recv` is pending. */
   #isReceiving = false;
-  /** Held by the `sendAll` that sends, while others wait. */
+  /** Held by the `sendAll` that is sending. The others queue for it. */
   readonly #sendLock = new Lock();
-  /** Whether a `sendAll` has sent a part of its data, and waits to send the rest. */
+  /** Whether a `sendAll` has sent part of its data and is waiting to send the rest. */
   #isPartway = false;
   /** Whether data is missing from the stream, because a `sendAll` left a gap. */
   #hasGap = false;
@@ -486,7 +490,7 @@ export class Connection {
     this.sockname = new Address(socket.localAddress ?? "0.0.0.0", socket.localPort ?? 0);
     this.peername = new Address(socket.remoteAddress ?? "0.0.0.0", socket.remotePort ?? 0);
     // After 60 seconds of silence, the kernel sends ten probes, a second apart, to see whether the
-    // peer is still there. (Bun counts the seconds in milliseconds.)
+    // peer is still there. (Bun sets both numbers and takes the delay in milliseconds.)
     socket.setKeepAlive(true, 60_000);
   }
 
@@ -496,10 +500,10 @@ export class Connection {
    * Python's `None`, means that it waits as long as it takes. A change applies to calls that begin
    * after it. Setting anything but a number above 0 throws a `RangeError`.
    *
-   * Without a timeout, calls still reject with `EHOSTUNREACH` when the peer has vanished, as in a
-   * power failure. TCP keep-alive notices that after about 70 seconds of silence. If data that was
-   * sent is still unacknowledged, Linux retransmits it instead of probing, and gives up after about
-   * 15 minutes.
+   * Without a timeout, calls still reject with `EHOSTUNREACH` when the peer has vanished, after a
+   * power failure for example. TCP keep-alive notices that after about 70 seconds of silence. If
+   * data that was sent is still unacknowledged, Linux retransmits it instead of probing and gives
+   * up after about 15 minutes.
    */
   get timeout(): number {
     return this.#timeout;
@@ -532,17 +536,18 @@ export class Connection {
     const hasSentEnd = this.#hasShutDown && !this.#mustReset;
     if (error?.code === "ETIMEDOUT") {
       // The kernel has given up on the peer. Passed on unchanged, its code would look like the
-      // connection's own timeout, and invite the caller to try again.
+      // connection's own timeout and invite the caller to try again.
       this.#fail("EHOSTUNREACH");
-    } else if (error?.code) {
-      this.#fail(error.code);
+    } else if (error) {
+      this.#fail(error.code ?? "ECONNABORTED");
     } else if (hasSentEnd && !this.#errorCode) {
       // When both sides have ended, Bun closes the socket without calling `end` first. (It does the
       // same after `stop(true)`, so the two cannot be told apart.)
       this.#peerHasEnded = true;
     } else {
       // Bun reports no error, and this side has not ended its stream: something on this side, such
-      // as `stop(true)` on the listener, has closed the socket.
+      // as `stop(true)` on the listener, has closed the socket. (After a write that failed, the
+      // error is known already, and this changes nothing.)
       this.#fail("ECONNABORTED");
     }
     this.#arrival.notify();
@@ -559,10 +564,10 @@ export class Connection {
    * at the end of the stream. The buffer belongs to the caller.
    *
    * If the connection breaks before the end of the stream, bytes that had already arrived can still
-   * be received. After that, `recv` rejects. A `recv` that times out loses nothing, and may be
+   * be received. After that, `recv` rejects. A `recv` that times out loses nothing and may be
    * called again.
    *
-   * Only one call may receive at a time. A second one rejects with an `Error`, and leaves the first
+   * Only one call may receive at a time. A second one rejects with an `Error` and leaves the first
    * undisturbed. Rejects with a `RangeError` if `maxLength` is not a positive integer.
    */
   recv(maxLength: number): Promise<Buffer> {
@@ -581,8 +586,8 @@ export class Connection {
    *
    * The timeout restarts whenever bytes arrive. A call that rejects because of a timeout or a reset
    * loses nothing: the bytes that had arrived can be received with `recv`. Choose a `maxLength` of
-   * kilobytes rather than megabytes, because all of the bytes that wait are searched again whenever
-   * more arrive.
+   * kilobytes rather than megabytes, because everything received so far is searched again whenever
+   * more arrives.
    *
    * Rejects with a `RangeError` if `delimiter` is empty or `maxLength` is not a positive integer,
    * and with a `TypeError` if `delimiter` is neither a string nor bytes.
@@ -599,7 +604,8 @@ export class Connection {
     const delimiter = until && Buffer.from(bytesOf(until.delimiter));
     if (delimiter?.length === 0) throw new RangeError("the delimiter must not be empty");
     if (this.#isReceiving) {
-      if (countCall()) await eventLoopTurn(); // A loop that tries again must not starve the first.
+      // A caller that retries in a loop must let the event loop turn, or the first would never end.
+      if (mustYield()) await eventLoopTurn();
       throw new Error("recv called while another recv is pending");
     }
     this.#isReceiving = true;
@@ -622,15 +628,15 @@ export class Connection {
       }
       return this.#unread.take(length);
     } finally {
-      if (countCall()) await eventLoopTurn();
+      if (mustYield()) await eventLoopTurn();
       this.#endReceiving();
     }
   }
 
   #endReceiving(): void {
-    // Between the moment at which a call settles and that at which its caller resumes, somebody
-    // else could call `recv` and take the rest of the caller's message. The flag therefore stays
-    // set until then: this microtask is queued just ahead of the one that resumes the caller.
+    // After a call has settled, but before its caller runs again, other code could call `recv` and
+    // take the rest of the caller's message. The flag is therefore cleared as late as possible: in
+    // the microtask just before the caller's own.
     queueMicrotask(() => {
       this.#isReceiving = false;
     });
@@ -645,8 +651,8 @@ export class Connection {
     // A program may have replaced `recv`, for example to count bytes.
     if (this.recv !== Connection.prototype.recv) return undefined;
     const hasArrived = Number.isInteger(length) && length > 0 && length <= this.#unread.length;
-    if (!hasArrived || this.#isReceiving || willYield()) return undefined;
-    countCall();
+    if (!hasArrived || this.#isReceiving || wouldYield()) return undefined;
+    callsLeft -= 1;
     this.#isReceiving = true;
     this.#endReceiving();
     return this.#unread.take(length);
@@ -656,7 +662,7 @@ export class Connection {
   #readyLength(maxLength: number, delimiter?: Uint8Array): number {
     const available = Math.min(this.#unread.length, maxLength);
     if (delimiter === undefined) return available;
-    const length = this.#unread.lengthThrough(delimiter, maxLength);
+    const length = this.#unread.lengthUpTo(delimiter, maxLength);
     if (length > 0) return length;
     return available === maxLength ? maxLength : 0;
   }
@@ -704,7 +710,7 @@ export class Connection {
     const queueing = this.#sendLock.acquire();
     if (queueing) {
       await queueing;
-      if (countCall()) await eventLoopTurn();
+      if (mustYield()) await eventLoopTurn();
     }
     try {
       let sent = this.#write(bytes, 0, length);
@@ -718,10 +724,10 @@ export class Connection {
         sent += accepted;
       }
     } catch (error) {
-      // Yield before looking at the queue: other calls may join it meanwhile, and they count too.
-      if (countCall()) await eventLoopTurn();
-      // Those in the queue would be sent as if this call had never been made. (After `shutdown`,
-      // none of them is sent, so nothing is missing from the middle.)
+      // Yield before looking at the queue: other calls may join it meanwhile and must be seen.
+      if (mustYield()) await eventLoopTurn();
+      // If the queued calls were still sent, the peer could not see that this one is missing.
+      // (After `shutdown`, none of them is sent.)
       const othersFollow = this.#sendLock.hasWaiters && !this.#hasShutDown;
       if (this.#isPartway || othersFollow) this.#hasGap = true;
       throw error;
@@ -729,10 +735,9 @@ export class Connection {
       this.#isPartway = false;
       this.#sendLock.release();
     }
-    // A call that had to queue has been counted already. Any other is counted only here, so that
-    // its data is sent in the tick in which it was called. The lock is free again, so the next call
-    // need not queue.
-    if (!queueing && countCall()) await eventLoopTurn();
+    // A call that did not queue is counted after it has sent, so that its data leaves in the tick
+    // of the call, and after the release, so that its pause makes nobody queue.
+    if (!queueing && mustYield()) await eventLoopTurn();
   }
 
   /**
@@ -764,11 +769,12 @@ export class Connection {
    * everything that was sent, and then the end of the stream. This side can still receive. A
    * `sendAll` that is pending or called later rejects with `EPIPE`.
    *
-   * If the stream has a gap (see `sendAll`), or this cuts a `sendAll` off partway, the peer does
-   * not see an end, but a reset when the connection is closed. Calling `shutdown` again, or after
+   * If the stream has a gap (see `sendAll`), or this cuts a `sendAll` off partway, the peer sees
+   * no end. It sees a reset when the connection is closed. Calling `shutdown` again, or after
    * `close`, has no effect.
    */
   shutdown(): void {
+    if (this.#hasShutDown) return;
     this.#hasShutDown = true;
     if (!this.#mustReset) this.#socket.shutdown();
     this.#room.notify(); // so that a pending `sendAll` rejects
@@ -780,11 +786,11 @@ export class Connection {
    * sees a reset instead. Bytes not yet received are discarded, and pending calls reject with
    * `EBADF`. Closing again has no effect.
    *
-   * The connection lingers: it stays open, and discards what arrives, until the peer closes as
-   * well. (If a socket is closed while its peer is still sending, the kernel resets the connection,
-   * and data on its way to the peer is lost.) After 4 seconds, the socket is closed all the same.
-   * That is long enough for a slow peer to read its reply, and too short for silent peers to pile
-   * up. A lingering connection keeps the process alive.
+   * The connection then lingers: it stays open and discards what arrives until the peer has ended
+   * its stream as well. (If a socket is closed while its peer is still sending, the kernel resets
+   * the connection, and data on its way to the peer is lost.) After 4 seconds, the socket is closed
+   * all the same. That is long enough for a peer that is still sending to read its reply, and too
+   * short for silent peers to pile up. A lingering connection keeps the process alive.
    */
   close(): void {
     if (this.#hasClosed) return;
@@ -795,7 +801,8 @@ export class Connection {
     if (this.#mustReset) {
       this.#socket.terminate(); // Bun's method to reset a connection
     } else if (this.#peerHasEnded || this.#errorCode) {
-      this.#socket.end(); // Bun's method to close a socket. There is nothing to linger for.
+      // There is nothing to linger for. `end` is Bun's method to close a socket.
+      this.#socket.end();
     } else {
       this.#socket.resume();
       this.#lingerTimer = setTimeout(() => this.#socket.end(), LINGER_TIME * 1000);
@@ -811,7 +818,7 @@ export class Connection {
   abort(): void {
     this.#hasAborted = true; // so that `close` resets the connection
     this.close();
-    this.#socket.terminate(); // `close` does nothing to a connection that already lingers.
+    this.#socket.terminate(); // in case the connection was closed before, and lingers
   }
 
   [Symbol.dispose](): void {
@@ -830,7 +837,7 @@ function bytesOf(data: string | NodeJS.ArrayBufferView | ArrayBufferLike): Uint8
 /**
  * Connects to a TCP server, like Python's `socket.create_connection`, but over IPv4 only: tries the
  * addresses of `host` in turn until one accepts. `timeout`, in seconds, covers the look-up and all
- * attempts together, and becomes the connection's timeout. By default there is no timeout.
+ * attempts together and becomes the connection's timeout. By default there is no timeout.
  *
  * Rejects with a `SocketError` if `host` cannot be resolved, if no address accepts (the error is
  * then the last address's), or if the timeout expires. Rejects with a `RangeError` or a `TypeError`
@@ -849,6 +856,7 @@ export async function connect(
   const blank = new SocketError(""); // before the first `await`: see `fillIn`
   const controller = new AbortController();
   const dialling = dial(host, port, timeout, controller.signal);
+  // Wait for `dialling`, but for no longer than the timeout.
   const settled = new Condition();
   const notify = () => settled.notify();
   // The second `notify` also keeps a failure after the timeout from being an unhandled rejection.
@@ -879,15 +887,16 @@ async function dial(
   const handlers = { ...Connection.handlers, open };
   const addresses = await lookUp(host);
   let failure: unknown;
-  for (const hostname of addresses) {
+  for (const address of addresses) {
     if (signal.aborted) break;
     try {
       // Without `allowHalfOpen`, Bun would end this side as soon as the peer ends its own.
-      const socket = await Bun.connect({ hostname, port, allowHalfOpen: true, socket: handlers });
+      const options = { hostname: address, port, allowHalfOpen: true, socket: handlers };
+      const socket = await Bun.connect(options);
       if (signal.aborted) socket.data.close();
       return socket.data; // `open` has set it.
     } catch (error) {
-      failure = toError(`cannot connect to ${new Address(hostname, port)}`, error);
+      failure = toError(`cannot connect to ${new Address(address, port)}`, error);
     }
   }
   throw failure; // If it is too late, nobody sees this.
@@ -900,15 +909,14 @@ async function dial(
  * is no timeout.
  *
  * If `serve` throws, the client's address and the reason go to standard error, and other clients
- * are unaffected. Anything but a `SocketError` or an `EOFError` is a bug, and is printed with its
- * stack. The connection is then closed with an ordinary end, and the client cannot tell a broken
- * answer from a whole one. If that matters, catch the error in `serve`, call `abort`, and throw it
- * again.
+ * are unaffected. Anything but a `SocketError` or an `EOFError` is taken for a bug and printed with
+ * its stack. The connection is then closed as usual, so the client may mistake a broken answer for
+ * a whole one. If that matters, catch the error in `serve`, call `abort` and throw it again.
  *
- * Resolves to Bun's listener. Its `port` is the one that was picked if `port` is 0. Its `stop()`
- * accepts no more clients, and `stop(true)` also cuts off those that are connected. Rejects with a
- * `SocketError` if it cannot listen there, and with a `RangeError` or a `TypeError` for an invalid
- * argument.
+ * Resolves to Bun's listener. If `port` is 0, the system picks a port, and the listener's `port`
+ * says which. Its `stop()` makes it stop accepting clients, and `stop(true)` also cuts off those
+ * that are connected. Rejects with a `SocketError` if it cannot listen there, and with a
+ * `RangeError` or a `TypeError` for an invalid argument.
  */
 export async function listen(
   host: string,
@@ -938,24 +946,29 @@ export async function listen(
   const handlers = { ...Connection.handlers, open };
   try {
     const [first] = await lookUp(host);
-    return bind(first, port, handlers);
+    return listenAt(first, port, handlers);
   } catch (error) {
     throw fillIn(blank, error);
   }
 }
 
-function bind(
-  hostname: string,
+function listenAt(
+  address: string,
   port: number,
   handlers: SocketHandler<Connection>,
 ): TCPSocketListener<Connection> {
   try {
     // Bun sets SO_REUSEADDR, which on Windows lets a second server take the port. `exclusive`
     // prevents that.
-    const options = { hostname, port, exclusive: true, allowHalfOpen: true, socket: handlers };
-    return Bun.listen(options);
+    return Bun.listen({
+      hostname: address,
+      port,
+      exclusive: true,
+      allowHalfOpen: true,
+      socket: handlers,
+    });
   } catch (error) {
-    throw toError(`cannot listen at ${new Address(hostname, port)}`, error);
+    throw toError(`cannot listen at ${new Address(address, port)}`, error);
   }
 }
 
@@ -973,7 +986,7 @@ async function lookUp(host: string): Promise<[string, ...string[]]> {
   }
   const [first, ...others] = found.map((entry) => entry.address);
   if (first === undefined) throw toError(summary, new SocketError("DNS_ENOTFOUND"));
-  return [first, ...others];
+  return [first, ...others]; // The type says that there is at least one.
 }
 
 /**
