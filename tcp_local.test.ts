@@ -31,7 +31,7 @@
  *
  * The sections, in their order:
  *
- * - "recvAll": exactly N bytes (message framing), also of bytes that arrive one by one (Nagle).
+ * - "recvAll": exactly N bytes (message framing), also of one byte at a time (Nagle).
  * - "recv", "recvUntil", "for await": receiving, backpressure, one reader at a time.
  * - "sendAll", "a sendAll that stops halfway": sending, and what the peer sees if it fails.
  * - "shutdown", "close", "abort": half-closing, lingering, resetting.
@@ -74,7 +74,7 @@ describe("recvAll", () => {
     }
   });
 
-  test("puts messages together that a peer sends byte by byte", async () => {
+  test("puts messages together that a peer sends one byte at a time (Nagle)", async () => {
     const { sock, peer } = await pair();
     const first = recvAll(sock, 16);
     for (const byte of MESSAGE) {
@@ -92,7 +92,7 @@ describe("recvAll", () => {
     expect(sock.asked).toEqual([16, 8, 6]);
   });
 
-  test("resolves to a buffer that is the caller's own", async () => {
+  test("resolves to a buffer that shares no memory", async () => {
     const piece = Buffer.from(MESSAGE);
     const message = await recvAll(scripted([piece]), 16);
     piece.fill("x");
@@ -110,7 +110,7 @@ describe("recvAll", () => {
     expect(message.buffer.byteLength).toBe(5);
   });
 
-  test("calls a recv that has taken the place of the connection's own (spies, byte counters)", async () => {
+  test("calls a recv that was replaced on the connection (spies, byte counters)", async () => {
     const { sock, peer } = await pair();
     peer.write("hello!");
     await sock.recv(1); // The rest has arrived, too.
@@ -312,8 +312,9 @@ describe("recv", () => {
     expect(String(await sock.recv(1))).toBe("H"); // The rest has arrived, too.
     const first = recvAll(sock, 15);
     for (let i = 0; i < count; i += 1) await null;
-    for (const second of [recvAll(sock, 15), sock.recv(1), sock.recvUntil("\n", 9)]) {
-      expect(await failure(second)).toMatchObject({
+    const seconds = [recvAll(sock, 15), sock.recv(1), sock.recvUntil("\n", 9)];
+    for (const error of await Promise.all(seconds.map(failure))) {
+      expect(error).toMatchObject({
         name: "Error",
         message: "recv called while another recv is pending",
       });
@@ -517,7 +518,7 @@ describe("recvUntil", () => {
   test("searches no more than maxLength bytes at a time, so it costs little more than a recv", async () => {
     const { sock, peer } = await pair(0.05);
     peer.write(Buffer.alloc(512 * 1024, "a"));
-    // It takes nothing, but now all has arrived.
+    // It takes nothing, but by now everything has arrived.
     expect(await failure(sock.recvUntil("ab", MiB))).toMatchObject({ code: "ETIMEDOUT" });
     async function timeOf(call: () => Promise<Buffer>): Promise<number> {
       const start = processorTime();
@@ -537,7 +538,7 @@ describe("recvUntil", () => {
     },
     { kind: "has taken all of it", idle: (sock: Connection) => recvAll(sock, 4) },
   ];
-  test.each(idlers)("does not keep a large piece alive when it $kind", async ({ idle }) => {
+  test.each(idlers)("does not keep a large piece alive when it $kind (leak)", async ({ idle }) => {
     const largePieces: WeakRef<Buffer>[] = [];
     const onData = Connection.handlers.data;
     using handler = spyOn(Connection.handlers, "data");
@@ -761,7 +762,7 @@ describe("sendAll", () => {
     const second = failure(sock.sendAll("world"));
     room.bytes = 1;
     expect(await second).toMatchObject({ code: "ETIMEDOUT" });
-    expect(performance.now() - start).toBeGreaterThan(90); // The byte has started the time again.
+    expect(performance.now() - start).toBeGreaterThan(90); // The byte that was accepted restarted the timeout.
     await until("the peer has received what was sent", () => peer.bytesRead === 6);
   });
 });
@@ -831,7 +832,7 @@ describe("a sendAll that stops halfway", () => {
     const { sock, peer, room } = await pairWithRoom();
     room.bytes = 2;
     const sending = sock.sendAll("hello, ");
-    room.make(0); // Bun may tell of room that is gone again.
+    room.make(0); // Bun may report room that is gone again.
     await pollSockets();
     room.make(Infinity);
     await sending;
@@ -1025,7 +1026,7 @@ describe("close", () => {
     expect(Buffer.concat([begun, rest]).equals(reply)).toBeTrue();
   });
 
-  test("cuts nothing off, even if bytes of the peer are unread", async () => {
+  test("cuts nothing off, even if bytes of the peer are unread (lingering)", async () => {
     const { sock, peer } = await pair();
     peer.write(Buffer.alloc(MiB)); // more than Bun reads while nobody asks for it
     await sock.recv(1);
@@ -1062,8 +1063,8 @@ describe("close", () => {
     expect(timers).toHaveBeenCalledTimes(1);
     const timer = timers.mock.calls[0];
     expect(timer?.[1]).toBe(4000);
-    timer?.[0](); // The test does not wait so long.
-    peer.write("x"); // This meets a reset.
+    timer?.[0](); // The test does not wait that long.
+    peer.write("x"); // This is answered with a reset.
     expect(await failure(once(peer, "close"))).toBeInstanceOf(Error);
   });
 
@@ -1233,17 +1234,27 @@ describe("a busy connection", () => {
     peer.write(Buffer.alloc(1 + COUNT));
     await sock.recv(1); // All the rest has arrived, too.
     if (close) sock.close();
+    let hasTurned = false;
+    setImmediate(() => {
+      hasTurned = true;
+    });
     using turns = spyOn(globalThis, "setImmediate"); // which a call waits for
     for (let i = 0; i < COUNT; i += 1) await call(sock);
     expect(turns).toHaveBeenCalledTimes(65);
+    expect(hasTurned).toBeTrue();
   });
 
   test("yields to the event loop at every 64th recv that is refused", async () => {
     const { sock, peer } = await pair();
     const first = sock.recv(1);
+    let hasTurned = false;
+    setImmediate(() => {
+      hasTurned = true;
+    });
     using turns = spyOn(globalThis, "setImmediate");
     for (let i = 0; i < COUNT; i += 1) await failure(sock.recv(1));
     expect(turns).toHaveBeenCalledTimes(65);
+    expect(hasTurned).toBeTrue();
     peer.write("x");
     expect(String(await first)).toBe("x");
   });
@@ -1380,6 +1391,7 @@ describe("a connection", () => {
     // The kernel's list of connections: the timer of kind 2 is keep-alive. It counts in 1/100 s.
     const list = readFileSync("/proc/net/tcp", "latin1");
     const found = new RegExp(`: 0100007F:${port} .* 02:([0-9A-F]{8}) `).exec(list);
+    expect(found).not.toBeNull();
     const seconds = parseInt(String(found?.[1]), 16) / 100;
     expect(seconds).toBeGreaterThan(55);
     expect(seconds).toBeLessThan(61);
@@ -1466,7 +1478,7 @@ describe("connect", () => {
     expect(dialled.mock.calls[0]?.[0]).toMatchObject({ hostname: host });
   });
 
-  const noDecimalAddresses = [
+  const notDotted = [
     "127.1",
     "127.0.0.01",
     "0x7f.0.0.1",
@@ -1475,7 +1487,7 @@ describe("connect", () => {
     "127.0.0.1 ",
     "1e-7.0.0.1",
   ];
-  test.each(noDecimalAddresses)("lets the system resolve %p", async (host) => {
+  test.each(notDotted)("lets the system resolve %p", async (host) => {
     const { port } = await peerServer();
     using lookup = lookupFinds(["127.0.0.1"]);
     using _sock = await connect(host, port);
@@ -1542,7 +1554,7 @@ describe("connect", () => {
     await pollSockets();
   });
 
-  test("closes a connection that comes about after the timeout", async () => {
+  test("closes a connection that is established after the timeout", async () => {
     const { port, accepted } = await peerServer();
     const late = Promise.withResolvers<void>();
     const connectReally = Bun.connect<Connection>;
@@ -1570,7 +1582,7 @@ describe("connect", () => {
   });
 
   test("resolves to a connection without addresses, as Bun gives it after an early reset", async () => {
-    // The socket is a fake: no test can reset one so early for sure.
+    // The socket is a fake: no test can reliably reset one so early.
     const socket = { setKeepAlive() {}, pause() {} } as unknown as Socket<Connection>;
     using dialled = spyOn(Bun, "connect");
     dialled.mockImplementation(async (options) => {
@@ -1650,7 +1662,7 @@ describe("listen", () => {
     expect(err).toEqual([`${sock.sockname}: socket closed 0 bytes into a 3-byte message`]);
   });
 
-  test("serves a client while another one is silent", async () => {
+  test("serves a client while another one is silent (stalled client)", async () => {
     const listener = await serving(async (sock) => {
       const message = await sock.recv(100);
       await sock.sendAll(message);
@@ -1661,7 +1673,7 @@ describe("listen", () => {
     expect(String(await sock.recv(100))).toBe("hello");
   });
 
-  test("serves a client while another one sends thousands of small messages", async () => {
+  test("serves a client while another one sends thousands of small messages (starvation)", async () => {
     const count = 20_000;
     let served = 0;
     const listener = await serving(async (sock) => {
@@ -1793,7 +1805,7 @@ describe("listen", () => {
     { kind: "undefined", thrown: undefined, says: "undefined" },
   ];
   test.each(bugs)(
-    "prints a bug with the client's name and a stack if there is one, and serves on: $kind",
+    "prints a bug with the client's name and its stack, if any, and keeps serving: $kind",
     async ({ thrown, says }) => {
       const { err } = captured();
       let calls = 0;
@@ -1833,7 +1845,7 @@ describe("listen", () => {
     },
   );
 
-  test("lets a `stop(true)` after a shutdown look like the end of the stream", async () => {
+  test("reports a `stop(true)` after a shutdown as the end of the stream", async () => {
     const isWaiting = Promise.withResolvers<void>();
     const received = Promise.withResolvers<Buffer>();
     const listener = await serving(async (sock) => {
@@ -1989,28 +2001,34 @@ describe("the server", () => {
   });
 
   const lengths = [0, 1, 15];
-  test.each(lengths)("names a client that ends after %p bytes, and serves on", async (length) => {
-    const { err } = captured();
-    const port = await programServer();
-    const { peer, name } = await peerClient(port);
-    peer.end(MESSAGE.subarray(0, length));
-    const reply = await receivedBy(peer);
-    expect(reply).toHaveLength(0);
-    expect(err).toEqual([`${name}: socket closed ${length} bytes into a 16-byte message`]);
-    expect(await exchange(port)).toBe("Farewell, client");
-  });
+  test.each(lengths)(
+    "names a client that ends after %p bytes, and keeps serving",
+    async (length) => {
+      const { err } = captured();
+      const port = await programServer();
+      const { peer, name } = await peerClient(port);
+      peer.end(MESSAGE.subarray(0, length));
+      const reply = await receivedBy(peer);
+      expect(reply).toHaveLength(0);
+      expect(err).toEqual([`${name}: socket closed ${length} bytes into a 16-byte message`]);
+      expect(await exchange(port)).toBe("Farewell, client");
+    },
+  );
 
-  test.each(lengths)("names a client that resets after %p bytes, and serves on", async (length) => {
-    const { out, err } = captured();
-    const port = await programServer();
-    const { peer, name } = await peerClient(port);
-    peer.write(MESSAGE.subarray(0, length));
-    await until("the server has printed three lines", () => out.length === 3);
-    peer.resetAndDestroy();
-    await until("the server has printed an error", () => err.length === 1);
-    expect(err).toEqual([`${name}: connection reset by peer`]);
-    expect(await exchange(port)).toBe("Farewell, client");
-  });
+  test.each(lengths)(
+    "names a client that resets after %p bytes, and keeps serving",
+    async (length) => {
+      const { out, err } = captured();
+      const port = await programServer();
+      const { peer, name } = await peerClient(port);
+      peer.write(MESSAGE.subarray(0, length));
+      await until("the server has printed three lines", () => out.length === 3);
+      peer.resetAndDestroy();
+      await until("the server has printed an error", () => err.length === 1);
+      expect(err).toEqual([`${name}: connection reset by peer`]);
+      expect(await exchange(port)).toBe("Farewell, client");
+    },
+  );
 
   test("disconnects a client that is silent for its timeout", async () => {
     const { err } = captured();
@@ -2124,7 +2142,7 @@ describe("the command line", () => {
   const hosts = [
     { args: [], hostname: "127.0.0.1" },
     { args: ["127.1"], hostname: "127.0.0.1" },
-    { args: ["127.0.0.010"], hostname: "127.0.0.8" }, // Python takes it for octal, too.
+    { args: ["127.0.0.010"], hostname: "127.0.0.8" }, // Python reads it as octal, too.
     { args: [""], hostname: "0.0.0.0" },
   ];
   test.each(hosts)("server $args listens at $hostname, port 1060", async ({ args, hostname }) => {
@@ -2341,7 +2359,7 @@ describe("the README", () => {
     expect(await run(["-e", asking])).toEqual({ status: 0, out: "17 bytes\n", err: "" });
   });
 
-  test("has a chat that drops a client that does not read, and no other (broadcast)", async () => {
+  test("has a chat that drops a slow consumer, and no other client (broadcast)", async () => {
     const { port, err } = await spawnServer(onFreePort(readmeBlock("### Many clients", "ts")));
     const stuck = await peerClient(port);
     const reader = await peerClient(port);
@@ -2401,7 +2419,7 @@ describe.skipIf(!HAS_PROC)("under load", () => {
     expect(peakMemory(server.pid) - before).toBeLessThan(48 * MiB);
   });
 
-  test("a server that does not read buffers one read of 512 KiB for each of 100 clients that flood it", async () => {
+  test("a server that does not read buffers 512 KiB for each of 100 floods (backpressure)", async () => {
     const script = `
       import { listen } from "./tcp_local.ts";
       const listener = await listen("127.0.0.1", 0, async (sock) => {
@@ -2500,7 +2518,7 @@ async function pair(timeout = 10): Promise<{ sock: Connection; peer: net.Socket 
 interface Room {
   /** How many more bytes it accepts. */
   bytes: number;
-  /** Makes room for so many bytes, and lets Bun tell of it, as it does of a lot of room. */
+  /** Makes room for that many bytes, and has Bun report it, as it does when there is plenty. */
   make(bytes: number): void;
 }
 
@@ -2617,11 +2635,12 @@ async function streamTo(peer: net.Socket): Promise<{ received: Buffer; ending: s
   return { received: Buffer.concat(pieces), ending };
 }
 
-/** A listener of tcp_local.ts on a free port, with a timeout of 10 seconds. */
+/** A listener of tcp_local.ts on a free port, with a timeout in seconds. */
 async function serving(
-  serve: (sock: Connection) => void | Promise<void>,
-): Promise<{ port: number; stop(force: boolean): void }> {
-  const listener = await listen("127.0.0.1", 0, serve, 10);
+  serve: (sock: Connection) => unknown,
+  timeout = 10,
+): Promise<{ port: number; stop(force?: boolean): void }> {
+  const listener = await listen("127.0.0.1", 0, serve, timeout);
   cleanups.push(() => listener.stop());
   return listener;
 }
@@ -2688,7 +2707,8 @@ async function pollSockets(): Promise<void> {
 async function until(words: string, condition: () => boolean): Promise<void> {
   const deadline = performance.now() + 10_000;
   while (!condition()) {
-    if (performance.now() > deadline) throw new Error(`waited 10 seconds in vain until ${words}`);
+    if (performance.now() > deadline)
+      throw new Error(`gave up after 10 seconds of waiting until ${words}`);
     await pollSockets();
   }
 }
@@ -2728,7 +2748,7 @@ async function firstFreeHost(hosts: string[], port: number): Promise<string | un
   return undefined;
 }
 
-/** Lets every look-up find `addresses`. Declare it with `using`. */
+/** Makes every look-up find `addresses`. Declare it with `using`. */
 function lookupFinds(addresses: string[]) {
   const lookup = spyOn(Bun.dns, "lookup");
   const found = addresses.map((address) => ({ address, family: 4 as const, ttl: 0 }));
@@ -2736,7 +2756,7 @@ function lookupFinds(addresses: string[]) {
   return lookup;
 }
 
-/** Lets `Bun.listen` or `Bun.connect` fail. Declare it with `using`. */
+/** Makes `Bun.listen` or `Bun.connect` fail. Declare it with `using`. */
 function refuses(name: "listen" | "connect", code: string | undefined) {
   const spy = spyOn(Bun, name);
   spy.mockImplementation(() => {
@@ -2745,7 +2765,7 @@ function refuses(name: "listen" | "connect", code: string | undefined) {
   return spy;
 }
 
-/** What is printed from now to the end of the test, in lines. It is not shown. */
+/** Captures what the console prints until the test ends, line by line. */
 function captured(): { out: string[]; err: string[] } {
   const out: string[] = [];
   const err: string[] = [];
@@ -2856,7 +2876,7 @@ function onFreePort(script: string): string {
   return `${listening}\nconsole.log(listener.port);\n`;
 }
 
-/** The first block of the README in that language after some words. */
+/** The README's first code block in `language` after the text `words`. */
 function readmeBlock(words: string, language: string): string {
   const readme = readFileSync(`${import.meta.dir}/README.md`, "utf8");
   const start = readme.indexOf(words);
@@ -2889,12 +2909,12 @@ function countDescriptors(pid: number): number {
  *
  * - `BlockingSocket` is the model. It says what a connection promises, as plain changes of state:
  *   there are no events in it, and no `await`.
- * - `PlayedConnection` is a `Connection` whose socket, timers and event loop are played. They
+ * - `SimulatedConnection` is a `Connection` whose socket, timers and event loop are simulated. They
  *   imitate what Bun's were observed to do. This takes microseconds, and a test decides how much
  *   room the kernel has.
  * - `RealConnection` is a `Connection` over a real socket. It shows that Bun and the kernel still
- *   do what is played.
- * - `Network` is the kernel and the peer, as both the model and the played connection see them.
+ *   do what is simulated.
+ * - `Network` is the kernel and the peer, as both the model and the simulated connection see them.
  *
  * One sequence, step by step, as the model has it. At first the kernel has room for one message,
  * which is three bytes.
@@ -2916,13 +2936,16 @@ function countDescriptors(pid: number): number {
  * To add a method to `Connection`, write it in the program first, and then:
  *
  * 1. Add its name to `RECEIVING_MOVES` or `SENDING_MOVES`. It is then part of every sequence, and
- *    `bun check` tells which of the three classes below lack it.
+ *    `bun check` names the classes below that lack it. (It names `RealConnection` until `Caller` has
+ *    it.)
  * 2. Add it to `BlockingSocket`: what it promises. One that waits for bytes calls `receive` with a
  *    function that says how many of the unread bytes are the result, or 0 if it has to wait. They
  *    are then taken. For a method that leaves them, `Reader` needs a flag that `settleReader` reads.
  * 3. Add it to `Caller`, which calls the method itself. `RealConnection` inherits it.
- * 4. Add it to `PlayedConnection`, which passes the call on to its `Caller`.
- * 5. Add it to the test "prints its addresses and its methods". Results are compared as text, so
+ * 4. Add it to `SimulatedConnection`, which passes the call on to its `Caller`.
+ * 5. Add it to the tables of other tests that list methods: those titled "prints its addresses and
+ *    its methods", "yields to the event loop at every 64th", "throws an error whose stack leads to",
+ *    "refuses other readers" and "makes pending calls reject". Results are compared as text, so
  *    whether they share memory needs a test of its own.
  *
  * If several tests of the model fail, read the first: its sequence is the shortest.
@@ -2935,7 +2958,7 @@ describe("every order of events", () => {
   // The shorter sequences come first, so that the first failure is the shortest. The lengths are
   // what fits into three seconds. With one move more, the longest tests take up to forty each.
   test.each([1, 2, 3, 4])(
-    "agrees with the model for every sequence of %p, however the moves fall into turns",
+    "agrees with the model for every sequence of %p moves, however they are split into turns",
     (length) => {
       for (const moves of sequences(length, MOVES)) {
         for (const turns of divisions(moves)) compare(turns);
@@ -2954,7 +2977,7 @@ describe("every order of events", () => {
   });
 
   test.each([1, 2, 3])(
-    "agrees with the model on real sockets for every sequence of %p, however they fall into turns",
+    "agrees with the model on real sockets for every sequence of %p moves, however they are split",
     async (length) => {
       using listener = new PeerListener();
       for (const moves of sequences(length, REAL_MOVES)) {
@@ -2963,7 +2986,7 @@ describe("every order of events", () => {
     },
   );
 
-  test("agrees with the model on real sockets for every 4 of the quick moves", async () => {
+  test("agrees with the model on real sockets for every sequence of 4 quick moves", async () => {
     using listener = new PeerListener();
     for (const moves of sequences(4, QUICK_REAL_MOVES)) {
       await compareReal(oneATurn(moves), listener);
@@ -3014,12 +3037,12 @@ const TORN = "EPIPE: an earlier sendAll failed";
 
 const REAL_TIMERS = { setTimeout, clearTimeout, setImmediate };
 
-/** The three bytes of a stream that come after so many pieces. */
+/** The three bytes of `stream` that follow its first `index` pieces. */
 function pieceOf(stream: string, index: number): string {
   return stream.slice(index * PIECE_LENGTH, (index + 1) * PIECE_LENGTH);
 }
 
-/** Every possible sequence of so many of the moves. */
+/** Every possible sequence of `length` moves. */
 function* sequences<Some extends string>(
   length: number,
   moves: readonly Some[],
@@ -3059,7 +3082,7 @@ function* divisions<Some>(moves: Some[]): Generator<Some[][]> {
   }
 }
 
-/** Throws if a played connection and the model do not show the same after the moves. */
+/** Throws if a simulated connection and the model do not show the same after the moves. */
 function compare(turns: Move[][]): void {
   const first = play(turns);
   if (first.got === first.want) return;
@@ -3071,21 +3094,21 @@ function compare(turns: Move[][]): void {
 }
 
 /**
- * Makes the moves, and returns what a played connection and the model show in the end. (What they
- * show on the way has been seen in the end of a shorter sequence.)
+ * Makes the moves, and returns what a simulated connection and the model show in the end. (What
+ * they show on the way has been seen in the end of a shorter sequence.)
  */
 function play(turns: Move[][]): { got: string; want: string } {
-  const played = new PlayedConnection();
+  const simulated = new SimulatedConnection();
   const model = new BlockingSocket();
   for (const moves of turns) {
     for (const move of moves) {
-      played[move]();
+      simulated[move]();
       model[move]();
     }
-    played.turn();
+    simulated.turn();
     model.turn();
   }
-  return { got: shown(played), want: shown(model) };
+  return { got: shown(simulated), want: shown(model) };
 }
 
 /**
@@ -3118,8 +3141,8 @@ async function compareReal(turns: RealMove[][], listener: PeerListener): Promise
   real.end();
 }
 
-/** All that is compared of a played connection and the model. */
-function shown(socket: PlayedConnection | BlockingSocket): string {
+/** All that is compared of a simulated connection and the model. */
+function shown(socket: SimulatedConnection | BlockingSocket): string {
   const kernel = `unread in the kernel "${socket.inKernel}"`;
   const descriptor = socket.isOpen ? kernel : "the socket is gone";
   return `${shownCalls(socket)}, ${shownToPeer(socket)}, ${descriptor}`;
@@ -3153,7 +3176,7 @@ const WAITS = "waits"; // the outcome until then
 type Ending = "nothing" | "an end" | "a reset";
 
 /**
- * The kernel and the peer, and when Bun looks at them. The model and the played connection have
+ * The kernel and the peer, and when Bun looks at them. The model and the simulated connection have
  * this in common. A mistake here is therefore made on both sides and not noticed. The runs on real
  * sockets catch one in `isReading`. They cannot catch one in `isRoomReported`, because in them the
  * kernel never has room again. The tests of `sendAll` do.
@@ -3167,7 +3190,7 @@ class Network {
   hasFin = false;
   /** Whether the peer has reset the connection. */
   hasReset = false;
-  /** Whether a write has met that reset. The kernel tells of it only once. */
+  /** Whether a write has met that reset. The kernel reports it only once. */
   hasWriteMetReset = false;
   /** How many more bytes the kernel takes to send. */
   room = PIECE_LENGTH;
@@ -3197,12 +3220,12 @@ class Network {
     this.hasReset = true;
   }
 
-  /** From now on, whatever it was before. Bun does not tell of so little room. */
+  /** The room is now one byte, whatever it was. Bun does not report so little. */
   roomForOneByte(): void {
     this.room = 1;
   }
 
-  /** Bun tells of this room, which here stands for a lot. It is too little for a message. */
+  /** Bun reports this room, which here stands for a lot. It is too little for a message. */
   roomForTwoBytes(): void {
     this.room = 2;
   }
@@ -3262,7 +3285,7 @@ class BlockingSocket extends Network {
   unread = "";
   /** The call that receives and waits. There can only be one. */
   reader: Reader | undefined;
-  /** Whether a call that receives waits, or its caller has not gone on yet. */
+  /** Whether a call that receives waits, or has settled but its caller has not resumed yet. */
   isReaderBusy = false;
   /** The calls of `sendAll` that wait, in their order. Only the first of them sends. */
   writers: Writer[] = [];
@@ -3316,7 +3339,7 @@ class BlockingSocket extends Network {
     this.messages += 1;
   }
 
-  /** On real sockets: sends more than the kernel takes. Here, one of three bytes is taken. */
+  /** Stands for a send larger than the kernel's room: of three bytes, one is accepted. */
   sendTooMuch(): void {
     if (this.room === Infinity) this.room = 1;
     this.send("!!!");
@@ -3367,7 +3390,7 @@ class BlockingSocket extends Network {
     // What this process has done itself comes first.
     this.settleReader();
     this.settleWriters();
-    // Bun tells of room, then of bytes, then of the end, then of a reset.
+    // Bun reports room, then bytes, then the end, then a reset.
     if (this.isRoomReported()) this.write();
     if (this.isReading()) this.readKernel();
     const isReadingOn = this.isReading(); // It has paused if nobody waited for the bytes.
@@ -3387,7 +3410,7 @@ class BlockingSocket extends Network {
     this.turn();
     const isReaderLate = this.reader === readerBefore && this.unread === unreadBefore;
     if (isReaderLate) this.timeOutReader();
-    if (isWriting && this.sent === sentBefore) this.write(); // Bun does not tell of a little room.
+    if (isWriting && this.sent === sentBefore) this.write(); // Bun does not report a little room.
     if (isWriting && this.sent === sentBefore) this.timeOutWriter();
     if (this.hasClosed) this.isOpen = false; // It lingers no longer.
     this.isReaderBusy = this.reader !== undefined;
@@ -3517,7 +3540,7 @@ class BlockingSocket extends Network {
   }
 }
 
-/** Calls the methods of a connection, and notes what comes of each call in the model's words. */
+/** Calls the methods of a connection, and records the outcome of each call in the model's words. */
 class Caller {
   readonly calls: Call[];
   private readonly connection: Connection;
@@ -3577,8 +3600,8 @@ class Caller {
   }
 }
 
-/** Takes the place of the real timers. Its own ring when a test lets time pass. */
-class PlayedClock {
+/** Replaces the real timers by some that fire only when a test advances the clock. */
+class SimulatedClock {
   private readonly running = new Set<{ delay: number; ring: () => void }>();
 
   constructor() {
@@ -3593,7 +3616,7 @@ class PlayedClock {
     return [...this.running].map(({ delay }) => delay / 1000);
   }
 
-  /** Rings the timers that run now and are due within so many milliseconds. */
+  /** Fires the timers that run now and are due within `time` milliseconds. */
   pass(time: number): void {
     const due = [...this.running].filter(({ delay }) => delay <= time);
     for (const timer of due) {
@@ -3611,10 +3634,10 @@ class PlayedClock {
 }
 
 /** A `Connection` whose socket, timers and event loop do what Bun's were seen to do on Linux. */
-class PlayedConnection extends Network {
+class SimulatedConnection extends Network {
   private isWriteShort = false; // Bun owes a `drain`.
   private hasReportedEnd = false; // Bun calls `end` once.
-  private readonly clock = new PlayedClock();
+  private readonly clock = new SimulatedClock();
   private immediates: (() => void)[] = []; // what `setImmediate` was given in this turn
   private readonly socket = this.playedSocket();
   private readonly caller: Caller;
@@ -3764,9 +3787,9 @@ class RealConnection extends Caller {
   hasPeerMetReset = false;
   private pieces = 0;
   private readonly peer: Socket<Seen>;
-  private readonly clock: PlayedClock;
+  private readonly clock: SimulatedClock;
 
-  constructor(connection: Connection, peer: Socket<Seen>, clock: PlayedClock) {
+  constructor(connection: Connection, peer: Socket<Seen>, clock: SimulatedClock) {
     super(connection, []);
     this.peer = peer;
     this.clock = clock;
@@ -3863,7 +3886,7 @@ class PeerListener {
   });
 
   async connect(): Promise<RealConnection> {
-    const clock = new PlayedClock();
+    const clock = new SimulatedClock();
     const { promise: accepted, resolve } = Promise.withResolvers<Socket<Seen>>();
     this.accept = resolve;
     const sock = await connect("127.0.0.1", this.listener.port, TIMEOUT);

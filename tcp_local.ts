@@ -29,11 +29,11 @@ export const PORT = 1060;
  * `recv`, not to the whole message.
  *
  * Rejects with an `EOFError` if the stream ends first, and with `recv`'s own error if `recv`
- * rejects. After either, even a timeout, close the connection: the part of the message that had
- * arrived is no longer in the socket. Rejects with a `RangeError` if `length` is not a non-negative
- * integer, and with a `TypeError` if `recv` resolves to anything but bytes.
+ * rejects. After either of these, even if `recv` only timed out, close the connection: the part of
+ * the message that had arrived is no longer in the socket. Rejects with a `RangeError` if `length`
+ * is not a non-negative integer, and with a `TypeError` if `recv` resolves to anything but bytes.
  *
- * The buffer is allocated at once, so limit a `length` that the peer has sent.
+ * The buffer is allocated at once. If `length` comes from the peer, check it against a limit first.
  */
 export async function recvAll(
   sock: { recv(maxLength: number): Promise<Uint8Array> },
@@ -77,9 +77,9 @@ export class EOFError extends Error {
 }
 
 /**
- * Answers every client that connects to `host` and prints what the Python program prints. The
- * variables `sc` and `message` are that program's. A client that stays silent for `timeout` seconds
- * is disconnected. Resolves to Bun's listener.
+ * Answers every client that connects to `host` and prints what the Python program prints. `sc` and
+ * `message` keep their names from that program. A client that stays silent for `timeout` seconds is
+ * disconnected. Resolves to Bun's listener.
  */
 export async function server(
   host: string,
@@ -173,8 +173,8 @@ const REASONS: Record<string, string> = {
  *   by the system (with `ss -K`, for example). After `shutdown`, Bun does not distinguish this from
  *   the end of the peer's stream, and `recv` resolves to an empty buffer.
  *
- * Other codes, such as `EADDRINUSE`, come from the system or from Bun. If Bun reports an error
- * without a code, `code` is empty.
+ * Other codes, such as `EADDRINUSE`, come from the system or from Bun. If Bun gives no
+ * code for an error of `connect` or `listen`, `code` is empty.
  */
 export class SocketError extends Error {
   override readonly name = "SocketError";
@@ -203,9 +203,9 @@ function toError(summary: string, cause: unknown): unknown {
  * If `error` is a `SocketError`, copies it into `blank` and returns `blank`. Returns any other
  * error unchanged.
  *
- * In Bun, an error that is created after an `await` has a stack with the async functions that are
- * waiting. It does not have a module that waits at its top level, which is where `connect` and
- * `listen` are usually called. They therefore create a blank error at once and fill it in when they
+ * In Bun, the stack of an error created after an `await` lists the async functions that are
+ * waiting, but not a module that waits at its top level, and that is where `connect` and `listen`
+ * are usually called. These two therefore create a blank error at once and fill it in when they
  * fail. An uncaught error then points to the line that called them.
  */
 function fillIn(blank: SocketError, error: unknown): unknown {
@@ -272,7 +272,8 @@ class Condition {
 
   #onTimer(): void {
     // If the process was busy, the timer may fire before Bun has read bytes that arrived in time.
-    // One more round of the event loop gives `notify` a chance to come first.
+    // One more round of the event loop gives `notify` a chance to come first. (A timer that is due
+    // at once does that, and `#endWait` can clear it.)
     this.#timer = setTimeout(() => this.#endWait(false), 0);
   }
 
@@ -310,9 +311,7 @@ class ReceiveBuffer {
     return index < 0 ? 0 : index + delimiter.length;
   }
 
-  /**
-   * Takes the first bytes, at most `maxLength`, as a buffer that shares no memory with this one.
-   */
+  /** Takes the first bytes, at most `maxLength`, as a buffer whose memory nothing else uses. */
   take(maxLength: number): Buffer {
     const bytes = this.#bytes;
     const isWholePiece = this.#taken === 0 && bytes.length <= maxLength;
@@ -320,11 +319,11 @@ class ReceiveBuffer {
       this.clear();
       return bytes;
     }
-    const start = this.#taken;
-    const end = Math.min(start + maxLength, bytes.length);
-    this.#taken = end;
+    const count = Math.min(maxLength, this.length);
+    const first = Buffer.copyBytesFrom(bytes, this.#taken, count);
+    this.#taken += count;
     if (this.length === 0) this.clear(); // so that the memory can be freed
-    return Buffer.copyBytesFrom(bytes, start, end - start);
+    return first;
   }
 
   /** Gives memory back if less than half of it is still needed. */
@@ -401,8 +400,8 @@ const LINGER_TIME = 4;
 
 /**
  * A TCP connection with the methods of a blocking socket: await `recv` and `sendAll` where Python's
- * `recv` and `sendall` block. When the connection fails them, they reject with a `SocketError` (see
- * there for the codes).
+ * `recv` and `sendall` block. When they fail, they reject with a `SocketError`, which lists the
+ * codes.
  *
  * An open connection keeps the process alive, so declare it with `using`, which closes it.
  *
@@ -410,23 +409,23 @@ const LINGER_TIME = 4;
  *     await sock.sendAll("Hi there, server");
  *     const reply = await recvAll(sock, 16);
  *
- * The table shows what `recv` and `sendAll` do after each event, and what the peer sees. A broken
- * connection is one with an error, such as `ECONNRESET` or `EHOSTUNREACH`. Gaps are explained at
- * `sendAll`.
+ * The table shows what `recv` and `sendAll` do after each event, and what the peer sees. An end is
+ * the end of a stream, a broken connection is one with an error, such as `ECONNRESET` or
+ * `EHOSTUNREACH`, and gaps are explained at `sendAll`.
  *
- * | after                 | `recv`                      | `sendAll`        | the peer sees      |
- * | --------------------- | --------------------------- | ---------------- | ------------------ |
- * | the end of the stream | resolves to an empty buffer | sends            |                    |
- * | a broken connection   | receives the rest, rejects  | rejects          |                    |
- * | a timeout             | receives                    | sends            |                    |
- * | a gap                 | receives                    | rejects: `EPIPE` | a reset at `close` |
- * | `shutdown`            | receives                    | rejects: `EPIPE` | the end            |
- * | `close`               | rejects: `EBADF`            | rejects: `EBADF` | the end            |
- * | `abort`               | rejects: `EBADF`            | rejects: `EBADF` | a reset            |
+ * | after               | `recv`                       | `sendAll`        | the peer sees      |
+ * | ------------------- | ---------------------------- | ---------------- | ------------------ |
+ * | the peer's end      | gives the rest, then nothing | sends            |                    |
+ * | a broken connection | gives the rest, then rejects | rejects          |                    |
+ * | a timeout           | receives                     | sends            |                    |
+ * | a gap               | receives                     | rejects: `EPIPE` | a reset at `close` |
+ * | `shutdown`          | receives                     | rejects: `EPIPE` | this side's end    |
+ * | `close`             | rejects: `EBADF`             | rejects: `EBADF` | this side's end    |
+ * | `abort`             | rejects: `EBADF`             | rejects: `EBADF` | a reset            |
  *
- * If several rows apply, `close` and `abort` come first. Without them, the end of the stream takes
- * precedence for `recv`, and a broken connection for `sendAll`. Once there is a gap, neither
- * `shutdown` nor `close` sends an end.
+ * If several rows apply, `close` and `abort` come first. Without them, the peer's end takes
+ * precedence for `recv`, and a broken connection for `sendAll`. Once there is a gap, the peer sees
+ * no end: neither `shutdown` nor `close` sends one.
  */
 export class Connection {
   /**
@@ -469,8 +468,16 @@ export class Connection {
   #lingerTimer: ReturnType<typeof setTimeout> | undefined;
 
   /**
+   * Whether the connection has to end with a reset. An ordinary end would tell the peer that it has
+   * received everything.
+   */
+  get #mustReset(): boolean {
+    return this.#isPartway || this.#hasGap || this.#hasAborted;
+  }
+
+  /**
    * Internal: the handlers that Bun calls. They find the connection in `socket.data`, which Bun
-   * leaves to the program.
+   * leaves free for the program to use.
    */
   static readonly handlers: SocketHandler<Connection> = {
     data: (socket, bytes) => socket.data.#onData(bytes),
@@ -490,7 +497,8 @@ export class Connection {
     this.sockname = new Address(socket.localAddress ?? "0.0.0.0", socket.localPort ?? 0);
     this.peername = new Address(socket.remoteAddress ?? "0.0.0.0", socket.remotePort ?? 0);
     // After 60 seconds of silence, the kernel sends ten probes, a second apart, to see whether the
-    // peer is still there. (Bun sets both numbers and takes the delay in milliseconds.)
+    // peer is still there. (Bun fixes their number and interval. It takes the delay in
+    // milliseconds.)
     socket.setKeepAlive(true, 60_000);
   }
 
@@ -524,8 +532,8 @@ export class Connection {
   }
 
   #onEnd(): void {
-    // Bun also calls this after a write has failed. In that case the stream has not ended, and
-    // `#onClose` follows.
+    // After a write has failed, Bun still delivers bytes that arrived before, and then calls `end`
+    // and `close`. In that case the peer's stream has not ended.
     if (!this.#errorCode) this.#peerHasEnded = true;
     this.#arrival.notify();
   }
@@ -541,8 +549,8 @@ export class Connection {
     } else if (error) {
       this.#fail(error.code ?? "ECONNABORTED");
     } else if (hasSentEnd && !this.#errorCode) {
-      // When both sides have ended, Bun closes the socket without calling `end` first. (It does the
-      // same after `stop(true)`, so the two cannot be told apart.)
+      // When both sides have ended, Bun closes the socket without calling `end` first. (It also
+      // does this after `stop(true)`, which therefore looks like the peer's end.)
       this.#peerHasEnded = true;
     } else {
       // Bun reports no error, and this side has not ended its stream: something on this side, such
@@ -571,6 +579,7 @@ export class Connection {
    * undisturbed. Rejects with a `RangeError` if `maxLength` is not a positive integer.
    */
   recv(maxLength: number): Promise<Buffer> {
+    // Not an async function, which would resolve later than `#endReceiving` supposes.
     return this.#receive(maxLength);
   }
 
@@ -581,8 +590,9 @@ export class Connection {
    * the same.
    *
    * Check that the result ends with the delimiter. If it does not, the text is too long or cut off.
-   * Do not call again to get the rest of the line: the limit may have fallen inside the delimiter,
-   * with "\r" at the end of one result and "\n" at the start of the next.
+   * An empty result means that the stream has ended after the last delimiter. Do not call again to
+   * get the rest of the line: the limit may have fallen inside the delimiter, with "\r" at the end
+   * of one result and "\n" at the start of the next.
    *
    * The timeout restarts whenever bytes arrive. A call that rejects because of a timeout or a reset
    * loses nothing: the bytes that had arrived can be received with `recv`. Choose a `maxLength` of
@@ -615,8 +625,7 @@ export class Connection {
       while (length === 0) {
         if (this.#hasClosed) throw new SocketError("EBADF");
         if (this.#peerHasEnded) return this.#unread.take(maxLength); // what is left, if anything
-        // An error alone is no reason to give up: after a failed `sendAll`, Bun may still have to
-        // read bytes that arrived before.
+        // An error alone is no reason to give up: see `#onEnd`.
         if (this.#isDisconnected) throw new SocketError(this.#errorCode);
         // The few bytes that a `recvUntil` already has must not keep a large piece in memory.
         this.#unread.compact();
@@ -636,7 +645,7 @@ export class Connection {
   #endReceiving(): void {
     // After a call has settled, but before its caller runs again, other code could call `recv` and
     // take the rest of the caller's message. The flag is therefore cleared as late as possible: in
-    // the microtask just before the caller's own.
+    // the microtask just before the caller's own. (So call this last.)
     queueMicrotask(() => {
       this.#isReceiving = false;
     });
@@ -653,6 +662,7 @@ export class Connection {
     const hasArrived = Number.isInteger(length) && length > 0 && length <= this.#unread.length;
     if (!hasArrived || this.#isReceiving || wouldYield()) return undefined;
     callsLeft -= 1;
+    // Until its caller runs again, this call is pending like any other: see `#endReceiving`.
     this.#isReceiving = true;
     this.#endReceiving();
     return this.#unread.take(length);
@@ -690,11 +700,12 @@ export class Connection {
    * Concurrent calls are sent one after the other, in the order in which they were made. Time spent
    * waiting for another call does not count towards the timeout.
    *
-   * If a call fails after part of its data was sent, it leaves a gap in the stream. It also does so
-   * if others are queued behind it, unless `shutdown` or `close` made it fail. The queued calls and
-   * all later ones then reject with `EPIPE`, and `close` resets the connection, so that the peer
-   * cannot mistake what it has received for the whole. It is therefore safe to repeat a call that
-   * timed out: if it left a gap, the new call rejects.
+   * A call that fails after part of its data was sent leaves a gap in the stream. So does one that
+   * has sent nothing, if others are queued behind it and it did not fail because of `shutdown` or
+   * `close`. After a gap, the queued calls and all later ones reject with `EPIPE`, and `close`
+   * resets the connection, so that the peer cannot mistake what it has received for the complete
+   * stream. It is therefore safe to repeat a call that timed out: if it left a gap, the new call
+   * rejects.
    *
    * A gap stays hidden in two cases: if the process exits without `close` or `abort`, and after
    * `stop(true)` on the listener. In both, the kernel ends the stream as if it were complete.
@@ -708,14 +719,18 @@ export class Connection {
     const length = bytes.length;
     const timeout = this.#timeout;
     const queueing = this.#sendLock.acquire();
+    let hasWaited = false;
     if (queueing) {
+      hasWaited = true;
       await queueing;
+      // Without this, a long queue would be sent in a single turn of the event loop.
       if (mustYield()) await eventLoopTurn();
     }
     try {
       let sent = this.#write(bytes, 0, length);
       while (sent < length) {
         this.#isPartway = sent > 0;
+        hasWaited = true;
         const isNotified = await this.#room.wait(timeout);
         // Bun reports room only when there is plenty, and a slow reader may free just a little.
         // When the time is up, this tries once more, and keeps waiting if a byte was accepted.
@@ -724,8 +739,6 @@ export class Connection {
         sent += accepted;
       }
     } catch (error) {
-      // Yield before looking at the queue: other calls may join it meanwhile and must be seen.
-      if (mustYield()) await eventLoopTurn();
       // If the queued calls were still sent, the peer could not see that this one is missing.
       // (After `shutdown`, none of them is sent.)
       const othersFollow = this.#sendLock.hasWaiters && !this.#hasShutDown;
@@ -734,18 +747,10 @@ export class Connection {
     } finally {
       this.#isPartway = false;
       this.#sendLock.release();
+      // A call that did not wait yields only here: after sending, so that its data leaves in the
+      // tick of the call, and after the release, so that nobody has to queue while it pauses.
+      if (!hasWaited && mustYield()) await eventLoopTurn();
     }
-    // A call that did not queue is counted after it has sent, so that its data leaves in the tick
-    // of the call, and after the release, so that its pause makes nobody queue.
-    if (!queueing && mustYield()) await eventLoopTurn();
-  }
-
-  /**
-   * Whether the connection has to end with a reset. An ordinary end would tell the peer that it has
-   * received everything.
-   */
-  get #mustReset(): boolean {
-    return this.#isPartway || this.#hasGap || this.#hasAborted;
   }
 
   /** Hands the kernel `count` bytes from `start` on. Returns how many of them it accepted. */
@@ -765,13 +770,13 @@ export class Connection {
   }
 
   /**
-   * Ends the sending direction (a half-close), like Python's `shutdown(SHUT_WR)`. The peer receives
-   * everything that was sent, and then the end of the stream. This side can still receive. A
-   * `sendAll` that is pending or called later rejects with `EPIPE`.
+   * Closes only the sending side (a half-close), like Python's `shutdown(SHUT_WR)`. The peer
+   * receives everything that was sent, and then the end of the stream. This side can still receive.
+   * A `sendAll` that is pending or called later rejects with `EPIPE`.
    *
-   * If the stream has a gap (see `sendAll`), or this cuts a `sendAll` off partway, the peer sees
-   * no end. It sees a reset when the connection is closed. Calling `shutdown` again, or after
-   * `close`, has no effect.
+   * If the stream has a gap (see `sendAll`), or this cuts a `sendAll` off partway, the peer sees no
+   * end. It sees a reset when the connection is closed. Calling `shutdown` again, or after `close`,
+   * has no effect.
    */
   shutdown(): void {
     if (this.#hasShutDown) return;
@@ -859,22 +864,22 @@ export async function connect(
   // Wait for `dialling`, but for no longer than the timeout.
   const settled = new Condition();
   const notify = () => settled.notify();
-  // The second `notify` also keeps a failure after the timeout from being an unhandled rejection.
+  // `notify` is passed for a rejection, too, so that one after the timeout is not unhandled.
   dialling.then(notify, notify);
-  const isInTime = await settled.wait(timeout);
-  if (!isInTime) {
-    controller.abort();
-    const cause = new SocketError("ETIMEDOUT");
-    throw fillIn(blank, toError(`cannot connect to (${repr(host)}, ${port})`, cause));
-  }
   try {
+    const isInTime = await settled.wait(timeout);
+    if (!isInTime) {
+      controller.abort();
+      const cause = new SocketError("ETIMEDOUT");
+      throw toError(`cannot connect to (${repr(host)}, ${port})`, cause);
+    }
     return await dialling;
   } catch (error) {
     throw fillIn(blank, error);
   }
 }
 
-/** Tries the addresses of `host` in turn, until one accepts or it is too late. */
+/** Tries the addresses of `host` in turn, until one accepts or `signal` is aborted. */
 async function dial(
   host: string,
   port: number,
@@ -909,9 +914,12 @@ async function dial(
  * is no timeout.
  *
  * If `serve` throws, the client's address and the reason go to standard error, and other clients
- * are unaffected. Anything but a `SocketError` or an `EOFError` is taken for a bug and printed with
- * its stack. The connection is then closed as usual, so the client may mistake a broken answer for
- * a whole one. If that matters, catch the error in `serve`, call `abort` and throw it again.
+ * are unaffected. Anything but a `SocketError` or an `EOFError` is treated as a bug and printed
+ * with its stack.
+ *
+ * However `serve` ends, the connection is closed as usual, so a client may mistake a truncated
+ * reply for a complete one. If that matters, catch the error in `serve`, call `abort` and throw it
+ * again.
  *
  * Resolves to Bun's listener. If `port` is 0, the system picks a port, and the listener's `port`
  * says which. Its `stop()` makes it stop accepting clients, and `stop(true)` also cuts off those
