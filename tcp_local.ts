@@ -413,15 +413,15 @@ const LINGER_TIME = 4;
  * the end of a stream, a broken connection is one with an error, such as `ECONNRESET` or
  * `EHOSTUNREACH`, and gaps are explained at `sendAll`.
  *
- * | after               | `recv`                       | `sendAll`        | the peer sees      |
- * | ------------------- | ---------------------------- | ---------------- | ------------------ |
- * | the peer's end      | gives the rest, then nothing | sends            |                    |
- * | a broken connection | gives the rest, then rejects | rejects          |                    |
- * | a timeout           | receives                     | sends            |                    |
- * | a gap               | receives                     | rejects: `EPIPE` | a reset at `close` |
- * | `shutdown`          | receives                     | rejects: `EPIPE` | this side's end    |
- * | `close`             | rejects: `EBADF`             | rejects: `EBADF` | this side's end    |
- * | `abort`             | rejects: `EBADF`             | rejects: `EBADF` | a reset            |
+ * | after               | `recv`                        | `sendAll`        | the peer sees      |
+ * | ------------------- | ----------------------------- | ---------------- | ------------------ |
+ * | the peer's end      | gives the rest, then no bytes | sends            |                    |
+ * | a broken connection | gives the rest, then rejects  | rejects          |                    |
+ * | a timeout           | receives                      | sends            |                    |
+ * | a gap               | receives                      | rejects: `EPIPE` | a reset at `close` |
+ * | `shutdown`          | receives                      | rejects: `EPIPE` | this side's end    |
+ * | `close`             | rejects: `EBADF`              | rejects: `EBADF` | this side's end    |
+ * | `abort`             | rejects: `EBADF`              | rejects: `EBADF` | a reset            |
  *
  * If several rows apply, `close` and `abort` come first. Without them, the peer's end takes
  * precedence for `recv`, and a broken connection for `sendAll`. Once there is a gap, the peer sees
