@@ -638,18 +638,18 @@ export class Connection {
       return this.#unread.take(length);
     } finally {
       if (mustYield()) await eventLoopTurn();
-      this.#endReceiving();
+      queueMicrotask(this.#endReceiving);
     }
   }
 
-  #endReceiving(): void {
-    // After a call has settled, but before its caller runs again, other code could call `recv` and
-    // take the rest of the caller's message. The flag is therefore cleared as late as possible: in
-    // the microtask just before the caller's own. (So call this last.)
-    queueMicrotask(() => {
-      this.#isReceiving = false;
-    });
-  }
+  /**
+   * After a call has settled, but before its caller runs again, other code could call `recv` and
+   * take the rest of the caller's message. The flag is therefore cleared as late as possible: in
+   * the microtask just before the caller's own. Queue this last.
+   */
+  readonly #endReceiving = (): void => {
+    this.#isReceiving = false;
+  };
 
   /**
    * Internal: the part of `recvAll` that does not wait. If `length` bytes have arrived, returns
@@ -664,7 +664,7 @@ export class Connection {
     callsLeft -= 1;
     // Until its caller runs again, this call is pending like any other: see `#endReceiving`.
     this.#isReceiving = true;
-    this.#endReceiving();
+    queueMicrotask(this.#endReceiving);
     return this.#unread.take(length);
   }
 
