@@ -2388,16 +2388,40 @@ describe("the README", () => {
     expect(part.equals(all.subarray(0, part.length))).toBeTrue();
   });
 
-  test("has a chat that stops on SIGTERM, and says goodbye to a client that is idle", async () => {
+  test("has a chat that stops on SIGTERM, and first sends what is queued", async () => {
     const chat = onFreePort(readmeBlock("### Many clients", "ts"));
     const stop = readmeBlock("### Stop on SIGTERM", "ts");
-    const { server, port } = await spawnServer(chat + stop);
-    const { peer } = await peerClient(port);
-    peer.write("hello\n");
-    expect(String((await once(peer, "data"))[0])).toBe("hello\n");
+    const tellLongestQueue = `
+      process.on("SIGUSR2", () => {
+        console.log(Math.max(...Array.from(clients, (client) => client.queued)));
+      });
+    `;
+    const { server, port, out } = await spawnServer(chat + stop + tellLongestQueue);
+    const slow = await peerClient(port);
+    const writer = await peerClient(port);
+    let heard = 0;
+    writer.peer.on("data", (bytes: Buffer) => {
+      heard += bytes.length;
+    });
+    const lines = "x".repeat(999).concat("\n").repeat(50);
+    let sent = 0;
+    let queued = 0;
+    while (queued < 100) {
+      writer.peer.write(lines);
+      sent += lines.length;
+      await until("the writer has its own lines", () => heard === sent);
+      server.kill("SIGUSR2");
+      queued = Number((await out.next()).value);
+    }
     server.kill("SIGTERM");
-    expect(String(await receivedBy(peer))).toBe("Goodbye\n");
-    peer.end();
+    await until("the writer has its goodbye", () => heard === sent + "Goodbye\n".length);
+    writer.peer.end();
+    slow.peer.write("too late\n".repeat(50)); // Its own goodbye is still queued.
+    await pollSockets();
+    const received = await receivedBy(slow.peer);
+    expect(received.length).toBe(sent + "Goodbye\n".length);
+    expect(received.toString("latin1", sent)).toBe("Goodbye\n");
+    slow.peer.end();
     expect(await server.exited).toBe(0);
   });
 });
