@@ -292,7 +292,7 @@ const LARGE_PIECE = 16_384;
  * still in the processor's cache, which makes a server of 64 KiB messages a tenth faster.
  */
 function free(bytes: Buffer): void {
-  const { buffer } = bytes;
+  const buffer = bytes.buffer;
   if (buffer instanceof ArrayBuffer) buffer.transfer(0); // moves nothing, and detaches the memory
 }
 
