@@ -92,7 +92,7 @@ describe("recvAll", () => {
     expect(sock.asked).toEqual([16, 8, 6]);
   });
 
-  test("resolves to a buffer that shares no memory", async () => {
+  test("resolves to a buffer of its own (shared memory)", async () => {
     const piece = Buffer.from(MESSAGE);
     const message = await recvAll(scripted([piece]), 16);
     piece.fill("x");
@@ -518,7 +518,7 @@ describe("recvUntil", () => {
   test("searches no more than maxLength bytes at a time, so it costs little more than a recv", async () => {
     const { sock, peer } = await pair(0.05);
     peer.write(Buffer.alloc(512 * 1024, "a"));
-    // It takes nothing, but by now everything has arrived.
+    // This call takes nothing. It only waits until everything has arrived.
     expect(await failure(sock.recvUntil("ab", MiB))).toMatchObject({ code: "ETIMEDOUT" });
     async function timeOf(call: () => Promise<Buffer>): Promise<number> {
       const start = processorTime();
@@ -1210,7 +1210,7 @@ describe("timeout", () => {
 });
 
 describe("a busy connection", () => {
-  /** Yielding at every 64th call gives 65 turns. Yielding at every 65th would give 64. */
+  /** 64 x 65 calls: yielding at every 64th gives 65 turns, and at every 65th only 64. */
   const COUNT = 64 * 65;
 
   const kinds = [
@@ -1229,20 +1229,23 @@ describe("a busy connection", () => {
       call: (sock: Connection) => failure(sock.sendAll("x")),
     },
   ];
-  test.each(kinds)("yields to the event loop at every 64th $kind", async ({ call, close }) => {
-    const { sock, peer } = await pair();
-    peer.write(Buffer.alloc(1 + COUNT));
-    await sock.recv(1); // All the rest has arrived, too.
-    if (close) sock.close();
-    let hasTurned = false;
-    setImmediate(() => {
-      hasTurned = true;
-    });
-    using turns = spyOn(globalThis, "setImmediate"); // which a call waits for
-    for (let i = 0; i < COUNT; i += 1) await call(sock);
-    expect(turns).toHaveBeenCalledTimes(65);
-    expect(hasTurned).toBeTrue();
-  });
+  test.each(kinds)(
+    "yields to the event loop at every 64th $kind (starvation)",
+    async ({ call, close }) => {
+      const { sock, peer } = await pair();
+      peer.write(Buffer.alloc(1 + COUNT));
+      await sock.recv(1); // All the rest has arrived, too.
+      if (close) sock.close();
+      let hasTurned = false;
+      setImmediate(() => {
+        hasTurned = true;
+      });
+      using turns = spyOn(globalThis, "setImmediate"); // which a call waits for
+      for (let i = 0; i < COUNT; i += 1) await call(sock);
+      expect(turns).toHaveBeenCalledTimes(65);
+      expect(hasTurned).toBeTrue();
+    },
+  );
 
   test("yields to the event loop at every 64th recv that is refused", async () => {
     const { sock, peer } = await pair();
@@ -2968,11 +2971,12 @@ function countDescriptors(pid: number): number {
  * 3. Add it to `Caller`, which calls the method itself. `RealConnection` inherits it.
  * 4. Add it to `SimulatedConnection`, which passes the call on to its `Caller`.
  * 5. Add it to the tables of other tests that list methods: those titled "prints its addresses and
- *    its methods", "yields to the event loop at every 64th", "throws an error whose stack leads to",
+ *    its methods", "yields to the event loop at every 64th", "throws an error whose stack leads to the caller of",
  *    "refuses other readers" and "makes pending calls reject". Results are compared as text, so
  *    whether they share memory needs a test of its own.
  *
- * If several tests of the model fail, read the first: its sequence is the shortest.
+ * If several tests of the model fail, read the first of the simulated ones: its sequence is the
+ * shortest.
  */
 describe("every order of events", () => {
   afterEach(() => {
@@ -3425,7 +3429,7 @@ class BlockingSocket extends Network {
     this.isReaderBusy = this.reader !== undefined;
   }
 
-  /** Calls that have waited for a minute time out, unless a byte has come or gone by now. */
+  /** Calls that have waited for a minute time out, unless a byte has been received or sent in that minute. */
   aMinutePasses(): void {
     const readerBefore = this.reader;
     const unreadBefore = this.unread;

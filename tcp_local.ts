@@ -30,8 +30,9 @@ export const PORT = 1060;
  *
  * Rejects with an `EOFError` if the stream ends first, and with `recv`'s own error if `recv`
  * rejects. After either of these, even if `recv` only timed out, close the connection: the part of
- * the message that had arrived is no longer in the socket. Rejects with a `RangeError` if `length`
- * is not a non-negative integer, and with a `TypeError` if `recv` resolves to anything but bytes.
+ * the message that had arrived is no longer in the socket. (Only if another reader is pending has
+ * nothing been lost.) Rejects with a `RangeError` if `length` is not a non-negative integer, and
+ * with a `TypeError` if `recv` resolves to anything but bytes.
  *
  * The buffer is allocated at once. If `length` comes from the peer, check it against a limit first.
  */
@@ -78,7 +79,8 @@ export class EOFError extends Error {
 
 /**
  * Answers every client that connects to `host` and prints what the Python program prints. `sc` and
- * `message` keep their names from that program. A client that stays silent for `timeout` seconds is
+ * `message` keep their names from that program. Unlike that program, this serves clients
+ * concurrently and survives one that fails. A client that stays silent for `timeout` seconds is
  * disconnected. Resolves to Bun's listener.
  */
 export async function server(
@@ -272,8 +274,8 @@ class Condition {
 
   #onTimer(): void {
     // If the process was busy, the timer may fire before Bun has read bytes that arrived in time.
-    // One more round of the event loop gives `notify` a chance to come first. (A timer that is due
-    // at once does that, and `#endWait` can clear it.)
+    // One more round of the event loop gives `notify` a chance to come first. A timer of 0 seconds
+    // waits for that round.
     this.#timer = setTimeout(() => this.#endWait(false), 0);
   }
 
@@ -284,16 +286,18 @@ class Condition {
   }
 }
 
-/** A piece of at least so many bytes is freed as soon as all of it has been copied. */
+/** A piece of this many bytes or more is freed as soon as it has all been copied. */
 const LARGE_PIECE = 16_384;
 
 /**
- * Frees memory without waiting for the garbage collector. The next piece then gets memory that is
- * still in the processor's cache, which makes a server of 64 KiB messages a tenth faster.
+ * Frees memory without waiting for the garbage collector, if `bytes` are alone in it, as Bun's
+ * pieces are. The next piece then gets memory that is still in the processor's cache, which makes a
+ * server of 64 KiB messages a tenth faster.
  */
 function free(bytes: Buffer): void {
   const buffer = bytes.buffer;
-  if (buffer instanceof ArrayBuffer) buffer.transfer(0); // moves nothing, and detaches the memory
+  const isAlone = buffer.byteLength === bytes.length;
+  if (isAlone && buffer instanceof ArrayBuffer) buffer.transfer(0); // detaches the memory
 }
 
 /** The bytes that have arrived and that `recv` has not returned yet. */
@@ -326,8 +330,8 @@ class ReceiveBuffer {
   /** Takes the first bytes, at most `maxLength`, as a buffer whose memory nothing else uses. */
   take(maxLength: number): Buffer {
     const bytes = this.#bytes;
-    const isWholePiece = this.#taken === 0 && bytes.length <= maxLength;
-    if (isWholePiece) {
+    const isEverything = this.#taken === 0 && bytes.length <= maxLength;
+    if (isEverything) {
       this.clear();
       return bytes;
     }
@@ -379,7 +383,7 @@ class Lock {
   }
 
   release(): void {
-    // The lock stays held for the next in the queue, so that nobody jumps the queue.
+    // The lock stays held for the next in the queue, so that no other call jumps the queue.
     const next = this.#queue.shift();
     if (next) next();
     else this.#isHeld = false;
@@ -415,7 +419,7 @@ const LINGER_TIME = 4;
 
 /**
  * A TCP connection with the methods of a blocking socket: await `recv` and `sendAll` where Python's
- * `recv` and `sendall` block. When they fail, they reject with a `SocketError`, which lists the
+ * `recv` and `sendall` block. When they fail, they reject with a `SocketError`, see there for the
  * codes.
  *
  * An open connection keeps the process alive, so declare it with `using`, which closes it.
@@ -424,9 +428,9 @@ const LINGER_TIME = 4;
  *     await sock.sendAll("Hi there, server");
  *     const reply = await recvAll(sock, 16);
  *
- * The table shows what `recv` and `sendAll` do after each event, and what the peer sees. An end is
- * the end of a stream, a broken connection is one with an error, such as `ECONNRESET` or
- * `EHOSTUNREACH`, and gaps are explained at `sendAll`.
+ * The table shows what `recv` and `sendAll` do after each event, and what this lets the peer see.
+ * "End" means the end of a stream, and "broken" that an error such as `ECONNRESET` ended the
+ * connection. For gaps, see `sendAll`.
  *
  * | after               | `recv`                        | `sendAll`        | the peer sees      |
  * | ------------------- | ----------------------------- | ---------------- | ------------------ |
@@ -520,8 +524,9 @@ export class Connection {
   /**
    * How long a call may go without progress, in seconds: a `recv` without receiving a byte, or a
    * `sendAll` without sending one. After that, it rejects with `ETIMEDOUT`. `Infinity`, like
-   * Python's `None`, means that it waits as long as it takes. A change applies to calls that begin
-   * after it. Setting anything but a number above 0 throws a `RangeError`.
+   * Python's `None`, means that it waits as long as it takes, and so does anything above 2,147,483.
+   * A change applies to calls that begin after it. Setting anything but a number above 0 throws a
+   * `RangeError`.
    *
    * Without a timeout, calls still reject with `EHOSTUNREACH` when the peer has vanished, after a
    * power failure for example. TCP keep-alive notices that after about 70 seconds of silence. If
@@ -568,9 +573,8 @@ export class Connection {
       // does this after `stop(true)`, which therefore looks like the peer's end.)
       this.#peerHasEnded = true;
     } else {
-      // Bun reports no error, and this side has not ended its stream: something on this side, such
-      // as `stop(true)` on the listener, has closed the socket. (After a write that failed, the
-      // error is known already, and this changes nothing.)
+      // Either the error is known already, after a write that failed, and this changes nothing. Or
+      // something on this side, such as `stop(true)` on the listener, has closed the socket.
       this.#fail("ECONNABORTED");
     }
     this.#arrival.notify();
@@ -601,8 +605,8 @@ export class Connection {
   /**
    * Like `recv`, but waits for `delimiter`, such as "\r\n", and resolves to everything up to and
    * including the first one. If the first `maxLength` bytes do not contain it, resolves to those
-   * bytes. If the stream ends before it, resolves to what is left. Python's `readline(limit)` does
-   * the same.
+   * bytes. If the stream ends before it, resolves to what is left. Python's `readline(limit)`
+   * of a file object does the same.
    *
    * Check that the result ends with the delimiter. If it does not, the text is too long or cut off.
    * An empty result means that the stream has ended after the last delimiter. Do not call again to
@@ -640,7 +644,8 @@ export class Connection {
       while (length === 0) {
         if (this.#hasClosed) throw new SocketError("EBADF");
         if (this.#peerHasEnded) return this.#unread.take(maxLength); // what is left, if anything
-        // An error alone is no reason to give up: see `#onEnd`.
+        // After a write has failed, bytes may still arrive, so an error alone is no reason to give
+        // up.
         if (this.#isDisconnected) throw new SocketError(this.#errorCode);
         // The few bytes that a `recvUntil` already has must not keep a large piece in memory.
         this.#unread.compact();
@@ -660,7 +665,7 @@ export class Connection {
   /**
    * After a call has settled, but before its caller runs again, other code could call `recv` and
    * take the rest of the caller's message. The flag is therefore cleared as late as possible: in
-   * the microtask just before the caller's own. Queue this last.
+   * the microtask just before the caller's own, if it is queued immediately before returning.
    */
   readonly #endReceiving = (): void => {
     this.#isReceiving = false;
@@ -716,11 +721,11 @@ export class Connection {
    * waiting for another call does not count towards the timeout.
    *
    * A call that fails after part of its data was sent leaves a gap in the stream. So does one that
-   * has sent nothing, if others are queued behind it and it did not fail because of `shutdown` or
-   * `close`. After a gap, the queued calls and all later ones reject with `EPIPE`, and `close`
-   * resets the connection, so that the peer cannot mistake what it has received for the complete
-   * stream. It is therefore safe to repeat a call that timed out: if it left a gap, the new call
-   * rejects.
+   * has sent nothing while others are queued behind it, because they would otherwise be sent
+   * without it. (After `shutdown` or `close`, they are not sent, and there is no gap.) After a gap,
+   * the queued calls and all later ones reject with `EPIPE`, and `close` resets the connection, so
+   * that the peer cannot mistake what it has received for the complete stream. It is therefore safe
+   * to repeat a call that timed out: if it left a gap, the new call rejects.
    *
    * A gap stays hidden in two cases: if the process exits without `close` or `abort`, and after
    * `stop(true)` on the listener. In both, the kernel ends the stream as if it were complete.
@@ -763,7 +768,7 @@ export class Connection {
       this.#isPartway = false;
       this.#sendLock.release();
       // A call that did not wait yields only here: after sending, so that its data leaves in the
-      // tick of the call, and after the release, so that nobody has to queue while it pauses.
+      // tick of the call, and after the release, so that no other call queues while it pauses.
       if (!hasWaited && mustYield()) await eventLoopTurn();
     }
   }
@@ -876,7 +881,8 @@ export async function connect(
   const blank = new SocketError(""); // before the first `await`: see `fillIn`
   const controller = new AbortController();
   const dialling = dial(host, port, timeout, controller.signal);
-  // Wait for `dialling`, but for no longer than the timeout.
+  // Wait for `dialling`, but for no longer than the timeout. (`notify` cannot come before the wait,
+  // because `then` never calls it at once.)
   const settled = new Condition();
   const notify = () => settled.notify();
   // `notify` is passed for a rejection, too, so that one after the timeout is not unhandled.
@@ -919,7 +925,7 @@ async function dial(
       failure = toError(`cannot connect to ${new Address(address, port)}`, error);
     }
   }
-  throw failure; // If it is too late, nobody sees this.
+  throw failure; // If `signal` was aborted, `connect` has rejected already, and this is ignored.
 }
 
 /**
@@ -937,7 +943,7 @@ async function dial(
  * again.
  *
  * Resolves to Bun's listener. If `port` is 0, the system picks a port, and the listener's `port`
- * says which. Its `stop()` makes it stop accepting clients, and `stop(true)` also cuts off those
+ * says which. After `stop()` it accepts no more clients, and `stop(true)` also cuts off those
  * that are connected. Rejects with a `SocketError` if it cannot listen there, and with a
  * `RangeError` or a `TypeError` for an invalid argument.
  */
