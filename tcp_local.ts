@@ -30,9 +30,9 @@ export const PORT = 1060;
  *
  * Rejects with an `EOFError` if the stream ends first, and with `recv`'s own error if `recv`
  * rejects. After either of these, even if `recv` only timed out, close the connection: the part of
- * the message that had arrived is no longer in the socket. (Only if another reader is pending has
- * nothing been lost.) Rejects with a `RangeError` if `length` is not a non-negative integer, and
- * with a `TypeError` if `recv` resolves to anything but bytes.
+ * the message that had arrived is no longer in the socket. (A call that is refused because another
+ * one is receiving has lost nothing.) Rejects with a `RangeError` if `length` is not a non-negative
+ * integer, and with a `TypeError` if `recv` resolves to anything but bytes.
  *
  * The buffer is allocated at once. If `length` comes from the peer, check it against a limit first.
  */
@@ -175,8 +175,8 @@ const REASONS: Record<string, string> = {
  *   by the system (with `ss -K`, for example). After `shutdown`, Bun does not distinguish this from
  *   the end of the peer's stream, and `recv` resolves to an empty buffer.
  *
- * Other codes, such as `EADDRINUSE`, come from the system or from Bun. If Bun gives no
- * code for an error of `connect` or `listen`, `code` is empty.
+ * Other codes, such as `EADDRINUSE`, come from the system or from Bun. If Bun gives no code for an
+ * error of `connect` or `listen`, `code` is empty.
  */
 export class SocketError extends Error {
   override readonly name = "SocketError";
@@ -291,8 +291,8 @@ const LARGE_PIECE = 16_384;
 
 /**
  * Frees memory without waiting for the garbage collector, if `bytes` are alone in it, as Bun's
- * pieces are. The next piece then gets memory that is still in the processor's cache, which makes a
- * server of 64 KiB messages a tenth faster.
+ * pieces are. The next piece then gets memory that is still in the processor's cache, which saves a
+ * server that exchanges messages of 64 KiB a tenth of its processor time.
  */
 function free(bytes: Buffer): void {
   const buffer = bytes.buffer;
@@ -414,13 +414,13 @@ function eventLoopTurn(): Promise<void> {
   return new Promise((resolve) => setImmediate(resolve));
 }
 
-/** How long a closed connection waits for its peer to close as well, in seconds. See `close`. */
+/** How long a closed connection waits for the end of its peer's stream, in seconds. See `close`. */
 const LINGER_TIME = 4;
 
 /**
  * A TCP connection with the methods of a blocking socket: await `recv` and `sendAll` where Python's
- * `recv` and `sendall` block. When they fail, they reject with a `SocketError`, see there for the
- * codes.
+ * `recv` and `sendall` block. When they fail, they reject with a `SocketError` (see there for
+ * the codes).
  *
  * An open connection keeps the process alive, so declare it with `using`, which closes it.
  *
@@ -605,8 +605,8 @@ export class Connection {
   /**
    * Like `recv`, but waits for `delimiter`, such as "\r\n", and resolves to everything up to and
    * including the first one. If the first `maxLength` bytes do not contain it, resolves to those
-   * bytes. If the stream ends before it, resolves to what is left. Python's `readline(limit)`
-   * of a file object does the same.
+   * bytes. If the stream ends before it, resolves to what is left. A Python file
+   * object's `readline(limit)` does the same.
    *
    * Check that the result ends with the delimiter. If it does not, the text is too long or cut off.
    * An empty result means that the stream has ended after the last delimiter. Do not call again to
