@@ -447,7 +447,8 @@ describe("recvUntil", () => {
     const received: string[] = [];
     async function receive(): Promise<void> {
       for (let i = 0; i < gives.length; i += 1) {
-        received.push(String(await sock.recvUntil(delimiter, maxLength)));
+        const line = await sock.recvUntil(delimiter, maxLength);
+        received.push(String(line));
       }
     }
     const receiving = receive();
