@@ -264,6 +264,11 @@ describe("recv", () => {
     const comma = await sock.recv(2);
     structuredClone(comma, { transfer: [comma.buffer as ArrayBuffer] });
     expect(String(await sock.recv(100))).toBe("world");
+    peer.end();
+    for (let i = 0; i < 2; i += 1) {
+      const empty = await sock.recv(100);
+      structuredClone(empty, { transfer: [empty.buffer as ArrayBuffer] });
+    }
   });
 
   test("does not keep a large piece alive through a small result (shared memory, leaks)", async () => {
