@@ -41,14 +41,14 @@ export function recvAll(
   length: number,
 ): Promise<Buffer> {
   if (sock instanceof Connection) {
-    // Only for speed: if the whole message has arrived, take it in one step.
+    // Only for speed: if the whole message has arrived, take it in one step, without the loop.
     const whole = sock.tryRecvAll(length);
     if (whole !== undefined) return Promise.resolve(whole);
   }
   return recvInPieces(sock, length);
 }
 
-/** The loop around `recv`. */
+/** The loop around `recv`, as in Python. */
 async function recvInPieces(
   sock: { recv(maxLength: number): Promise<Uint8Array> },
   length: number,
@@ -429,7 +429,7 @@ function eventLoopTurn(): Promise<void> {
   return new Promise((resolve) => setImmediate(resolve));
 }
 
-/** Rejects with `error`. This is a call, too: a loop of calls that fail must yield as well. */
+/** Rejects with `error`, after counting the call: a loop of calls that fail must yield, too. */
 async function rejectInTurn(error: unknown): Promise<never> {
   if (mustYield()) await eventLoopTurn();
   throw error;
@@ -754,13 +754,14 @@ export class Connection {
    * Rejects with a `TypeError` if `data` is neither a string nor bytes.
    */
   sendAll(data: string | NodeJS.ArrayBufferView | ArrayBufferLike): Promise<void> {
-    // Most calls need not wait. They never enter an async function, which makes them cheaper.
+    // Only for speed, this is not an async function: most calls need not wait, and even they would
+    // leave it as garbage. An error is therefore turned into a rejection below.
     try {
       const bytes = bytesOf(data);
       if (this.#sendLock.isHeld) return this.#sendRest(bytes, 0);
       const sent = this.#write(bytes, 0, bytes.length);
       if (sent < bytes.length) return this.#sendRest(bytes, sent);
-      // Yield only after sending, so that the data leaves in the tick of the call.
+      // This yields after sending, so that the data leaves in the tick of the call.
       if (mustYield()) return eventLoopTurn();
       return Promise.resolve();
     } catch (error) {
