@@ -1,7 +1,8 @@
 /**
  * The tests of tcp_local.ts. They run over real sockets on 127.0.0.1, unless the comment of a test
  * says why not. `bun test -t PATTERN` runs the tests whose full title, the section's and then its
- * own, matches a regular expression. (Put a `\` before a parenthesis.) A test to copy, which
+ * own, matches a regular expression. (Put a `\` before a parenthesis.) To find a test, search this
+ * file for the stem of a word: linger, leak, stall, starv. A test to copy, which
  * `bun test -t "recv resolves to what the peer has sent"` runs:
  *
  *     test("resolves to what the peer has sent", async () => {
@@ -277,6 +278,7 @@ describe("recv", () => {
     const first = await sock.recv(1);
     await recvAll(sock, 99_998);
     const last = await sock.recv(100);
+    // A view of the 100,000 bytes would have all of them as its `buffer`.
     expect(first.buffer.byteLength).toBe(1);
     expect(last.buffer.byteLength).toBe(1);
   });
@@ -288,6 +290,7 @@ describe("recv", () => {
     const piece = Buffer.alloc(MiB, "0123456789abcde");
     for (let i = 0; i < 96; i += 1) peer.write(piece);
     await untilItStays(() => peer.writableLength);
+    // Of the 96 MiB, the kernel may hold 64, where its buffers may grow to 32 MiB at each end.
     expect(peer.writableLength).toBeGreaterThan(16 * MiB);
     for (let i = 0; i < 96; i += 1) {
       const received = await recvAll(sock, piece.length);
@@ -1316,7 +1319,8 @@ describe("a busy connection", () => {
 
 describe("a connection", () => {
   test("carries bytes both ways at once, in pieces of any size", async () => {
-    const data = Buffer.from(Uint8Array.from({ length: 16 * MiB }, (_, i) => i % 251));
+    const pattern = Uint8Array.from({ length: 251 }, (_, i) => i);
+    const data = Buffer.alloc(16 * MiB, pattern);
     const sizes = [1, 16, 1000, 65_536, 1_000_003]; // again and again
 
     async function sendPieces(sock: Connection): Promise<void> {
@@ -1333,8 +1337,9 @@ describe("a connection", () => {
       for (let i = 2; start < data.length; i += 1) {
         const want = data.subarray(start, start + Number(sizes[i % sizes.length]));
         const got = await recvAll(sock, want.length);
-        if (!got.equals(want))
+        if (!got.equals(want)) {
           throw new Error(`wrong bytes from ${start} to ${start + want.length}`);
+        }
         start += want.length;
       }
     }
@@ -2976,10 +2981,12 @@ function countDescriptors(pid: number): number {
  *    are then taken. For a method that leaves them, `Reader` needs a flag that `settleReader` reads.
  * 3. Add it to `Caller`, which calls the method itself. `RealConnection` inherits it.
  * 4. Add it to `SimulatedConnection`, which passes the call on to its `Caller`.
- * 5. Add it to the tables of other tests that list methods: those titled "prints its addresses and
- *    its methods", "yields to the event loop at every 64th", "throws an error whose stack leads to the caller of",
- *    "refuses other readers" and "makes pending calls reject". Results are compared as text, so
- *    whether they share memory needs a test of its own.
+ * 5. Add it to the tables of other tests that list methods. The test that "prints its addresses and
+ *    its methods" fails without it. Those titled "yields to the event loop at every 64th", "throws
+ *    an error whose stack leads to the caller of", "refuses other readers" and "makes pending calls
+ *    reject" do not notice if it is missing.
+ *
+ * The model compares results as text. Whether they share memory needs a test of its own.
  *
  * If several tests of the model fail, read the first of the simulated ones: its sequence is the
  * shortest.
@@ -2989,10 +2996,10 @@ describe("every order of events", () => {
     Object.assign(globalThis, REAL_TIMERS);
   });
 
-  // The shorter sequences come first, so that the first failure is the shortest. The lengths are
-  // what fits into three seconds. With one move more, the longest tests take up to forty each.
+  // The shorter sequences come first, so that the first failure is the shortest. At these lengths,
+  // no test takes more than about two seconds. A sequence longer by one takes up to forty.
   test.each([1, 2, 3, 4])(
-    "agrees with the model for every sequence of %p moves, however they are split into turns",
+    "agrees with the model for every sequence of length %p, however it is split into turns",
     (length) => {
       for (const moves of sequences(length, MOVES)) {
         for (const turns of divisions(moves)) compare(turns);
@@ -3000,18 +3007,18 @@ describe("every order of events", () => {
     },
   );
 
-  test("agrees with the model for every sequence of 5 moves of a connection that receives", () => {
+  test("agrees with the model for every sequence of length 5 of a connection that receives", () => {
     const some = [...RECEIVING_MOVES, "close", "aMinutePasses"] as const;
     for (const moves of sequences(5, some)) compare(oneATurn(moves));
   });
 
-  test("agrees with the model for every sequence of 5 moves of a connection that sends", () => {
+  test("agrees with the model for every sequence of length 5 of a connection that sends", () => {
     const some = [...SENDING_MOVES, ...ROOM_MOVES, "close", "aMinutePasses"] as const;
     for (const moves of sequences(5, some)) compare(oneATurn(moves));
   });
 
   test.each([1, 2, 3])(
-    "agrees with the model on real sockets for every sequence of %p moves, however they are split",
+    "agrees with the model on real sockets for every sequence of length %p, however it is split",
     async (length) => {
       using listener = new PeerListener();
       for (const moves of sequences(length, REAL_MOVES)) {
@@ -3020,7 +3027,7 @@ describe("every order of events", () => {
     },
   );
 
-  test("agrees with the model on real sockets for every sequence of 4 quick moves", async () => {
+  test("agrees with the model on real sockets for every sequence of length 4 of quick moves", async () => {
     using listener = new PeerListener();
     for (const moves of sequences(4, QUICK_REAL_MOVES)) {
       await compareReal(oneATurn(moves), listener);
@@ -3210,10 +3217,10 @@ const WAITS = "waits"; // the outcome until then
 type Ending = "nothing" | "an end" | "a reset";
 
 /**
- * The kernel and the peer, and when Bun looks at them. The model and the simulated connection have
- * this in common. A mistake here is therefore made on both sides and not noticed. The runs on real
- * sockets catch one in `isReading`. They cannot catch one in `isRoomReported`, because in them the
- * kernel never has room again. The tests of `sendAll` do.
+ * The kernel and the peer, and when Bun looks at them. The model and the simulated connection both
+ * inherit this, so comparing them does not reveal a mistake in it. The runs on real sockets reveal
+ * one in `isReading`. The tests of `sendAll` reveal one in `isRoomReported`: in the runs on real
+ * sockets, a kernel that is full never has room again.
  */
 class Network {
   /** What has arrived in the kernel, and Bun has not read. */
@@ -3299,14 +3306,14 @@ class Network {
   }
 }
 
-/** A call that receives, and waits. */
+/** A call that waits to receive. */
 type Reader = {
   call: Call;
   /** How many of the unread bytes the call takes. With 0 it waits for more. */
   readyLength(unread: string): number;
 };
 
-/** A `sendAll` that waits. */
+/** A `sendAll` that waits to send. */
 type Writer = {
   call: Call;
   /** What the kernel has not taken yet. */
@@ -3317,7 +3324,7 @@ type Writer = {
 class BlockingSocket extends Network {
   /** What Bun has read, and no call has returned. */
   unread = "";
-  /** The call that receives and waits. There can only be one. */
+  /** The call that waits to receive. There can only be one. */
   reader: Reader | undefined;
   /** Whether a call that receives waits, or has settled but its caller has not resumed yet. */
   isReaderBusy = false;
@@ -3634,7 +3641,7 @@ class Caller {
   }
 }
 
-/** Replaces the real timers by some that fire only when a test advances the clock. */
+/** Replaces the real timers with timers that fire only when a test advances the clock. */
 class SimulatedClock {
   private readonly running = new Set<{ delay: number; ring: () => void }>();
 
@@ -3667,13 +3674,13 @@ class SimulatedClock {
   }
 }
 
-/** A `Connection` whose socket, timers and event loop do what Bun's were seen to do on Linux. */
+/** A `Connection` whose socket, timers and event loop behave as Bun's were observed to on Linux. */
 class SimulatedConnection extends Network {
   private isWriteShort = false; // Bun owes a `drain`.
   private hasReportedEnd = false; // Bun calls `end` once.
   private readonly clock = new SimulatedClock();
   private immediates: (() => void)[] = []; // what `setImmediate` was given in this turn
-  private readonly socket = this.playedSocket();
+  private readonly socket = this.simulatedSocket();
   private readonly caller: Caller;
 
   /** Also takes the place of `setImmediate`. `REAL_TIMERS` has the real one. */
@@ -3734,7 +3741,7 @@ class SimulatedConnection extends Network {
   }
 
   /** The socket as the connection knows it. */
-  private playedSocket(): Socket<Connection> {
+  private simulatedSocket(): Socket<Connection> {
     const socket = {
       setKeepAlive: () => {},
       pause: () => {
@@ -3814,7 +3821,7 @@ type Seen = { text: string; ending: Ending };
 
 /**
  * A `Connection` over a real socket, and its peer, one of Bun's own sockets. Only the clock is
- * played, so that a minute takes no time.
+ * simulated, so that a minute takes no time.
  */
 class RealConnection extends Caller {
   /** Whether a write of the peer has met a reset. Bun then tells the peer of an end instead. */
