@@ -30,9 +30,9 @@ export const PORT = 1060;
  *
  * Rejects with an `EOFError` if the stream ends first, and with `recv`'s own error if `recv`
  * rejects. After either of these, even if `recv` only timed out, close the connection: the part of
- * the message that had arrived is no longer in the socket. (A call that is refused because another
- * one is receiving has lost nothing.) Rejects with a `RangeError` if `length` is not a non-negative
- * integer, and with a `TypeError` if `recv` resolves to anything but bytes.
+ * the message that had arrived is no longer in the socket. (Only one call may receive at a time.
+ * One that is refused for this reason has lost nothing.) Rejects with a `RangeError` if `length` is
+ * not a non-negative integer, and with a `TypeError` if `recv` resolves to anything but bytes.
  *
  * The buffer is allocated at once. If `length` comes from the peer, check it against a limit first.
  */
@@ -171,16 +171,15 @@ const REASONS: Record<string, string> = {
  * A socket call failed, and `code` says why:
  *
  * - `ETIMEDOUT`: The timeout expired.
- * - `ECONNREFUSED`: Nothing listens at that address, or the host cannot be reached or does not
- *   answer.
+ * - `ECONNREFUSED`: Nothing listens at that address, or the system could not reach the host.
  * - `ECONNRESET`: The peer reset the connection.
- * - `EPIPE`: This side has called `shutdown`, an earlier `sendAll` left a gap, or the peer ended
- *   its stream and then reset the connection.
+ * - `EPIPE`: This side has called `shutdown`, an earlier `sendAll` failed and left the stream
+ *   incomplete, or the peer ended its stream and then reset the connection.
  * - `EHOSTUNREACH`: The peer, or the network to it, has vanished.
  * - `EBADF`: This side has called `close` or `abort`.
  * - `ECONNABORTED`: The connection was cut off on this side, by `stop(true)` on Bun's listener or
- *   by the system (with `ss -K`, for example). After `shutdown`, Bun does not distinguish this from
- *   the end of the peer's stream, and `recv` resolves to an empty buffer.
+ *   by the system (with `ss -K`, for example). After `shutdown`, Bun reports this in the same way
+ *   as the end of the peer's stream, and `recv` resolves to an empty buffer.
  *
  * Other codes, such as `EADDRINUSE`, come from the system or from Bun. If Bun gives no code for an
  * error of `connect` or `listen`, `code` is empty.
@@ -213,9 +212,9 @@ function toError(summary: string, cause: unknown): unknown {
  * error unchanged.
  *
  * In Bun, the stack of an error created after an `await` lists the async functions that are
- * waiting, but not a module that waits at its top level, and that is where `connect` and `listen`
- * are usually called. These two therefore create a blank error at once and fill it in when they
- * fail. An uncaught error then points to the line that called them.
+ * waiting. It omits a module that waits at its top level, which is where `connect` and `listen` are
+ * usually called. These two therefore create a blank error at once and fill it in when they fail.
+ * An uncaught error then points to the line that called them.
  */
 function fillIn(blank: SocketError, error: unknown): unknown {
   if (!(error instanceof SocketError)) return error;
@@ -293,13 +292,14 @@ class Condition {
   }
 }
 
-/** A piece of this many bytes or more is freed as soon as it has all been copied. */
+/** A piece of this many bytes or more is freed once all of it has been copied. */
 const LARGE_PIECE = 16_384;
 
 /**
- * Frees memory without waiting for the garbage collector, if `bytes` are alone in it, as Bun's
- * pieces are. The next piece then gets memory that is still in the processor's cache, which saves a
- * server that exchanges messages of 64 KiB a tenth of its processor time.
+ * Frees the memory of `bytes` without waiting for the garbage collector, if nothing else shares it.
+ * (Nothing shares that of the pieces that Bun delivers.) The next piece then gets memory that is
+ * still in the processor's cache. For a server that exchanges messages of 64 KiB, this cuts the
+ * processor time by a tenth.
  */
 function free(bytes: Buffer): void {
   const buffer = bytes.buffer;
@@ -307,7 +307,7 @@ function free(bytes: Buffer): void {
   if (isAlone && buffer instanceof ArrayBuffer) buffer.transfer(0); // detaches the memory
 }
 
-/** What a `ReceiveBuffer` holds while it is empty. They all share it, so it is never handed out. */
+/** What every `ReceiveBuffer` holds while it is empty. */
 const NO_BYTES: Buffer = Buffer.alloc(0);
 
 /** The bytes that have arrived and that `recv` has not returned yet. */
@@ -339,10 +339,10 @@ class ReceiveBuffer {
 
   /** Takes the first bytes, at most `maxLength`, as a buffer whose memory nothing else uses. */
   take(maxLength: number): Buffer {
+    if (this.length === 0) return Buffer.alloc(0); // not `NO_BYTES`, which is shared
     const bytes = this.#bytes;
     const isEverything = this.#taken === 0 && bytes.length <= maxLength;
-    const isShared = bytes === NO_BYTES;
-    if (isEverything && !isShared) {
+    if (isEverything) {
       this.clear();
       return bytes;
     }
@@ -383,9 +383,9 @@ class Lock {
   }
 
   /**
-   * Acquires the lock if it is free and returns undefined. (In JavaScript, even an `await` with
-   * nothing to wait for lets other code run first.) Otherwise, returns a promise that resolves when
-   * the lock has been acquired.
+   * Acquires the lock if it is free and returns undefined, so that the caller can go on without an
+   * `await`. (Even an `await` with nothing to wait for lets other code run first.) Otherwise,
+   * returns a promise that resolves when the lock has been acquired.
    */
   acquire(): Promise<void> | undefined {
     if (!this.#isHeld) {
@@ -440,8 +440,8 @@ const LINGER_TIME = 4;
 
 /**
  * A TCP connection with the methods of a blocking socket: await `recv` and `sendAll` where Python's
- * `recv` and `sendall` block. When they fail, they reject with a `SocketError` (see there for
- * the codes).
+ * `recv` and `sendall` block. When they fail, they reject with a `SocketError`, whose documentation
+ * lists the codes.
  *
  * An open connection keeps the process alive, so declare it with `using`, which closes it.
  *
@@ -449,23 +449,23 @@ const LINGER_TIME = 4;
  *     await sock.sendAll("Hi there, server");
  *     const reply = await recvAll(sock, 16);
  *
- * The table shows what `recv` and `sendAll` do after each event, and what this lets the peer see.
- * "End" means the end of a stream, and "broken" that an error such as `ECONNRESET` ended the
- * connection. For gaps, see `sendAll`.
+ * The table shows what `recv` and `sendAll` do after each event, and what the peer sees as a
+ * result. "End" means the end of a stream, and "broken" that an error such as `ECONNRESET` ended
+ * the connection. For gaps, see `sendAll`.
  *
  * | after               | `recv`                        | `sendAll`        | the peer sees      |
  * | ------------------- | ----------------------------- | ---------------- | ------------------ |
  * | the peer's end      | gives the rest, then no bytes | sends            |                    |
  * | a broken connection | gives the rest, then rejects  | rejects          |                    |
- * | a timeout           | receives                      | sends            |                    |
+ * | a timeout, no gap   | receives                      | sends            |                    |
  * | a gap               | receives                      | rejects: `EPIPE` | a reset at `close` |
  * | `shutdown`          | receives                      | rejects: `EPIPE` | this side's end    |
  * | `close`             | rejects: `EBADF`              | rejects: `EBADF` | this side's end    |
  * | `abort`             | rejects: `EBADF`              | rejects: `EBADF` | a reset            |
  *
- * If several rows apply, `close` and `abort` come first. Without them, the peer's end takes
- * precedence for `recv`, and a broken connection for `sendAll`. Once there is a gap, the peer sees
- * no end: neither `shutdown` nor `close` sends one.
+ * If several rows apply, those of `close` and `abort` come first. Next comes the peer's end for
+ * `recv`, and a broken connection for `sendAll`. Once there is a gap, the peer sees no end: neither
+ * `shutdown` nor `close` sends one.
  */
 export class Connection {
   /**
@@ -527,7 +527,7 @@ export class Connection {
   };
 
   /**
-   * Internal: `socket` is open and has these handlers. The caller stores the connection in
+   * Internal: `socket` must be open and use `handlers`. The caller stores the connection in
    * `socket.data`.
    */
   constructor(socket: Socket<Connection>, timeout: number) {
@@ -545,8 +545,8 @@ export class Connection {
   /**
    * How long a call may go without progress, in seconds: a `recv` without receiving a byte, or a
    * `sendAll` without sending one. After that, it rejects with `ETIMEDOUT`. `Infinity`, like
-   * Python's `None`, means that it waits as long as it takes, and so does anything above 2,147,483.
-   * A change applies to calls that begin after it. Setting anything but a number above 0 throws a
+   * Python's `None`, means that there is no limit. So does any number above 2,147,483. A change
+   * applies to calls that begin after it. Setting anything but a number above 0 throws a
    * `RangeError`.
    *
    * Without a timeout, calls still reject with `EHOSTUNREACH` when the peer has vanished, after a
@@ -573,8 +573,8 @@ export class Connection {
   }
 
   #onEnd(): void {
-    // After a write has failed, Bun still delivers bytes that arrived before, and then calls `end`
-    // and `close`. In that case the peer's stream has not ended.
+    // After a write has failed, Bun still delivers the bytes that arrived before, and then calls
+    // `end`, although the peer has not ended its stream.
     if (!this.#errorCode) this.#peerHasEnded = true;
     this.#arrival.notify();
   }
@@ -594,8 +594,8 @@ export class Connection {
       // does this after `stop(true)`, which therefore looks like the peer's end.)
       this.#peerHasEnded = true;
     } else {
-      // Either the error is known already, after a write that failed, and this changes nothing. Or
-      // something on this side, such as `stop(true)` on the listener, has closed the socket.
+      // Something on this side, such as `stop(true)` on the listener, has closed the socket. (Or a
+      // write has failed before. Then the error is known already, and `#fail` keeps it.)
       this.#fail("ECONNABORTED");
     }
     this.#arrival.notify();
@@ -619,7 +619,8 @@ export class Connection {
    * undisturbed. Rejects with a `RangeError` if `maxLength` is not a positive integer.
    */
   recv(maxLength: number): Promise<Buffer> {
-    // Not an async function, which would resolve later than `#endReceiving` supposes.
+    // Not an async function: it would settle a few microtasks later than `#receive`, when another
+    // call may already receive. See `#endReceiving`.
     return this.#receive(maxLength);
   }
 
@@ -636,8 +637,8 @@ export class Connection {
    *
    * The timeout restarts whenever bytes arrive. A call that rejects because of a timeout or a reset
    * loses nothing: the bytes that had arrived can be received with `recv`. Choose a `maxLength` of
-   * kilobytes rather than megabytes, because everything received so far is searched again whenever
-   * more arrives.
+   * kilobytes rather than megabytes, because everything received so far is copied and searched
+   * again whenever more arrives.
    *
    * Rejects with a `RangeError` if `delimiter` is empty or `maxLength` is not a positive integer,
    * and with a `TypeError` if `delimiter` is neither a string nor bytes.
@@ -646,6 +647,7 @@ export class Connection {
     return this.#receive(maxLength, { delimiter });
   }
 
+  /** `until` holds the delimiter, so that one that is undefined is a `TypeError`. */
   async #receive(maxLength: number, until?: { delimiter: string | Uint8Array }): Promise<Buffer> {
     if (!Number.isInteger(maxLength) || maxLength < 1) {
       throw new RangeError(`maxLength must be a positive integer, not ${maxLength}`);
@@ -654,9 +656,7 @@ export class Connection {
     const delimiter = until && Buffer.from(bytesOf(until.delimiter));
     if (delimiter?.length === 0) throw new RangeError("the delimiter must not be empty");
     if (this.#isReceiving) {
-      // A caller that retries in a loop must let the event loop turn, or the first would never end.
-      if (mustYield()) await eventLoopTurn();
-      throw new Error("recv called while another recv is pending");
+      return rejectInTurn(new Error("recv called while another recv is pending"));
     }
     this.#isReceiving = true;
     const timeout = this.#timeout;
@@ -685,8 +685,8 @@ export class Connection {
 
   /**
    * After a call has settled, but before its caller runs again, other code could call `recv` and
-   * take the rest of the caller's message. The flag is therefore cleared as late as possible: in
-   * the microtask just before the caller's own, if it is queued immediately before returning.
+   * take the rest of the caller's message. The flag is therefore cleared as late as possible.
+   * Queued immediately before the return, this microtask runs just before the caller's own.
    */
   readonly #endReceiving = (): void => {
     this.#isReceiving = false;
@@ -738,15 +738,16 @@ export class Connection {
    * byte, which does not mean that the peer has received it. Do not modify `data` before the call
    * settles.
    *
-   * Concurrent calls are sent one after the other, in the order in which they were made. Time spent
+   * Concurrent calls send one after the other, in the order in which they were made. Time spent
    * waiting for another call does not count towards the timeout.
    *
-   * A call that fails after part of its data was sent leaves a gap in the stream. So does one that
-   * has sent nothing while others are queued behind it, because they would otherwise be sent
-   * without it. (After `shutdown` or `close`, they are not sent, and there is no gap.) After a gap,
-   * the queued calls and all later ones reject with `EPIPE`, and `close` resets the connection, so
-   * that the peer cannot mistake what it has received for the complete stream. It is therefore safe
-   * to repeat a call that timed out: if it left a gap, the new call rejects.
+   * A call that fails after part of its data was sent leaves a gap in the stream. A call that fails
+   * before it has sent anything also leaves a gap if others are queued behind it, because their
+   * data would be sent without its own. (After `shutdown` or `close`, nothing more is sent, and
+   * there is no gap.) After a gap, the queued calls and all later ones reject with `EPIPE`, and
+   * `close` resets the connection, so that the peer cannot mistake what it has received for the
+   * complete stream. It is therefore safe to repeat a call that timed out: if it left a gap, the
+   * new call rejects.
    *
    * A gap stays hidden in two cases: if the process exits without `close` or `abort`, and after
    * `stop(true)` on the listener. In both, the kernel ends the stream as if it were complete.
@@ -754,14 +755,14 @@ export class Connection {
    * Rejects with a `TypeError` if `data` is neither a string nor bytes.
    */
   sendAll(data: string | NodeJS.ArrayBufferView | ArrayBufferLike): Promise<void> {
-    // Only for speed, this is not an async function: most calls need not wait, and even they would
-    // leave it as garbage. An error is therefore turned into a rejection below.
+    // Not an async function, only for speed: most calls do not wait, and an async function would
+    // allocate the memory for waiting all the same. Errors must be turned into rejections by hand.
     try {
       const bytes = bytesOf(data);
       if (this.#sendLock.isHeld) return this.#sendRest(bytes, 0);
       const sent = this.#write(bytes, 0, bytes.length);
       if (sent < bytes.length) return this.#sendRest(bytes, sent);
-      // This yields after sending, so that the data leaves in the tick of the call.
+      // This yields after sending, so that the data leaves in the same tick as the call.
       if (mustYield()) return eventLoopTurn();
       return Promise.resolve();
     } catch (error) {
@@ -845,8 +846,9 @@ export class Connection {
    * The connection then lingers: it stays open and discards what arrives until the peer has ended
    * its stream as well. (If a socket is closed while its peer is still sending, the kernel resets
    * the connection, and data on its way to the peer is lost.) After 4 seconds, the socket is closed
-   * all the same. That is long enough for a peer that is still sending to read its reply, and too
-   * short for silent peers to pile up. A lingering connection keeps the process alive.
+   * all the same. That is long enough for a peer that is still sending to read this side's reply,
+   * and too short for silent peers to pile up. (A peer that sends even later sees a reset.) A
+   * lingering connection keeps the process alive.
    */
   close(): void {
     if (this.#hasClosed) return;
@@ -913,10 +915,10 @@ export async function connect(
   const controller = new AbortController();
   const dialling = dial(host, port, timeout, controller.signal);
   // Wait for `dialling`, but for no longer than the timeout. (`notify` cannot come before the wait,
-  // because `then` never calls it at once.)
+  // because `then` never calls it synchronously.)
   const settled = new Condition();
   const notify = () => settled.notify();
-  // `notify` is passed for a rejection, too, so that one after the timeout is not unhandled.
+  // `notify` also handles a rejection, so that one after the timeout is not reported as unhandled.
   dialling.then(notify, notify);
   try {
     const isInTime = await settled.wait(timeout);
@@ -969,14 +971,14 @@ async function dial(
  * are unaffected. Anything but a `SocketError` or an `EOFError` is treated as a bug and printed
  * with its stack.
  *
- * However `serve` ends, the connection is closed as usual, so a client may mistake a truncated
- * reply for a complete one. If that matters, catch the error in `serve`, call `abort` and throw it
- * again.
+ * However `serve` ends, the connection is closed with `close` and not reset, so a client may
+ * mistake a truncated reply for a complete one. If that matters, catch the error in `serve`, call
+ * `abort` and throw it again.
  *
  * Resolves to Bun's listener. If `port` is 0, the system picks a port, and the listener's `port`
- * says which. After `stop()` it accepts no more clients, and `stop(true)` also cuts off those
- * that are connected. Rejects with a `SocketError` if it cannot listen there, and with a
- * `RangeError` or a `TypeError` for an invalid argument.
+ * says which. After `stop()` it accepts no more clients, and `stop(true)` also cuts off those that
+ * are connected. Rejects with a `SocketError` if it cannot listen there, and with a `RangeError` or
+ * a `TypeError` for an invalid argument.
  */
 export async function listen(
   host: string,
@@ -1064,7 +1066,7 @@ function isByte(text: string): boolean {
   return isDecimal && value >= 0 && value <= 255;
 }
 
-/** Shows bytes as Python 2's `repr` does: in printable ASCII. */
+/** Shows bytes, or a string's UTF-8, as Python 2's `repr` does: in printable ASCII. */
 export function repr(bytes: string | Uint8Array): string {
   const text = Buffer.from(bytes).toString("latin1"); // one character for each byte
   const prefersDoubleQuotes = text.includes("'") && !text.includes('"');
