@@ -2403,40 +2403,26 @@ describe("the README", () => {
   });
 
   test("has a chat that stops on SIGTERM, and first sends what is queued", async () => {
-    const chat = onFreePort(readmeBlock("### Many clients", "ts"));
-    const stop = readmeBlock("### Stop on SIGTERM", "ts");
-    const tellLongestQueue = `
-      process.on("SIGUSR2", () => {
-        console.log(Math.max(...Array.from(clients, (client) => client.queued)));
-      });
-    `;
-    const { server, port, out } = await spawnServer(chat + stop + tellLongestQueue);
-    const slow = await peerClient(port);
-    const writer = await peerClient(port);
-    let heard = 0;
-    writer.peer.on("data", (bytes: Buffer) => {
-      heard += bytes.length;
-    });
-    const lines = "x".repeat(999).concat("\n").repeat(50);
-    let sent = 0;
-    let queued = 0;
-    while (queued < 100) {
-      writer.peer.write(lines);
-      sent += lines.length;
-      await until("the writer has its own lines", () => heard === sent);
-      server.kill("SIGUSR2");
-      queued = Number((await out.next()).value);
-    }
+    const { server, slow, writer, sent, heard } = await chatWithQueue();
     server.kill("SIGTERM");
-    await until("the writer has its goodbye", () => heard === sent + "Goodbye\n".length);
-    writer.peer.end();
-    slow.peer.write("too late\n".repeat(50)); // Its own goodbye is still queued.
+    await until("the writer has its goodbye", () => heard() === sent + "Goodbye\n".length);
+    writer.end();
+    slow.write("too late\n".repeat(50)); // Its own goodbye is still queued.
     await pollSockets();
-    const received = await receivedBy(slow.peer);
+    const received = await receivedBy(slow);
     expect(received.length).toBe(sent + "Goodbye\n".length);
     expect(received.toString("latin1", sent)).toBe("Goodbye\n");
-    slow.peer.end();
+    slow.end();
     expect(await server.exited).toBe(0);
+  });
+
+  test("has a chat that sends what is queued to a client that ends its stream (half-close)", async () => {
+    const { slow, writer, sent } = await chatWithQueue();
+    slow.end("I must go\n");
+    const [farewell] = await once(writer, "data");
+    expect(String(farewell)).toBe("I must go\n");
+    const received = await receivedBy(slow);
+    expect(received.toString("latin1", sent)).toBe("I must go\nGoodbye\n");
   });
 });
 
@@ -2912,6 +2898,35 @@ function onFreePort(script: string): string {
   const call = /(const listener = )?await listen\("127\.0\.0\.1", \d+/;
   const listening = script.replace(call, 'const listener = await listen("127.0.0.1", 0');
   return `${listening}\nconsole.log(listener.port);\n`;
+}
+
+/** The README's chat in a process of its own, with 100 lines queued for a client that is `slow`. */
+async function chatWithQueue() {
+  const chat = onFreePort(readmeBlock("### Many clients", "ts"));
+  const stop = readmeBlock("### Stop on SIGTERM", "ts");
+  const tellLongestQueue = `
+    process.on("SIGUSR2", () => {
+      console.log(Math.max(...Array.from(clients, (client) => client.queued)));
+    });
+  `;
+  const { server, port, out } = await spawnServer(chat + stop + tellLongestQueue);
+  const { peer: slow } = await peerClient(port);
+  const { peer: writer } = await peerClient(port);
+  let heard = 0;
+  writer.on("data", (bytes: Buffer) => {
+    heard += bytes.length;
+  });
+  const lines = "x".repeat(999).concat("\n").repeat(50);
+  let sent = 0;
+  let queued = 0;
+  while (queued < 100) {
+    writer.write(lines);
+    sent += lines.length;
+    await until("the writer has its own lines", () => heard === sent);
+    server.kill("SIGUSR2");
+    queued = Number((await out.next()).value);
+  }
+  return { server, slow, writer, sent, heard: () => heard };
 }
 
 /** The README's first code block in `language` after the text `words`. */
