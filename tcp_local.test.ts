@@ -1,8 +1,9 @@
 /**
- * The tests of tcp_local.ts. They run over real sockets on 127.0.0.1, unless the comment of a test
- * says why not. `bun test -t PATTERN` runs the tests whose full title, the section's and then its
- * own, matches a regular expression. (Put a `\` before a parenthesis.) To find a test, search this
- * file for the stem of a word: linger, leak, stall, starv. A test to copy, which
+ * The tests of tcp_local.ts. Those of `recvAll` mostly read from a scripted `recv`. All others run
+ * over real sockets on 127.0.0.1, unless their comment says why not. `bun test -t PATTERN` runs the
+ * tests whose full title, the section's and then its own, matches a regular expression. (Put a `\`
+ * before a parenthesis, and a space where Bun prints ` > `.) To find a test, search this file for
+ * the stem of a word: linger, leak, stall, starv, truncat. A test to copy, which
  * `bun test -t "recv resolves to what the peer has sent"` runs:
  *
  *     test("resolves to what the peer has sent", async () => {
@@ -27,6 +28,8 @@
  * | a script that runs to its end in a process of its own       | `run(["-e", script])`     |
  * | what the peer receives, if its stream must end cleanly      | `receivedBy(peer)`        |
  * | the same, and whether its stream ends or is reset           | `streamTo(peer)`          |
+ * | the error that a call rejects with                          | `failure(promise)`        |
+ * | what the program prints in this process                     | `captured()`              |
  * | to wait until Bun has looked at its sockets                 | `pollSockets()`           |
  * | to wait for anything else                                   | `until(words, condition)` |
  *
@@ -34,7 +37,7 @@
  *
  * - "recvAll": exactly N bytes (message framing), also of one byte at a time (Nagle).
  * - "recv", "recvUntil", "for await": receiving, backpressure, one reader at a time.
- * - "sendAll", "a sendAll that stops halfway": sending, and what the peer sees if it fails.
+ * - "sendAll", "an interrupted sendAll": sending, and what the peer sees if it fails.
  * - "shutdown", "close", "abort": half-closing, lingering, resetting.
  * - "timeout", "a busy connection": peers that stall, and calls that yield (no starvation).
  * - "a connection": its addresses, keep-alive, both directions at once.
@@ -138,18 +141,21 @@ describe("recvAll", () => {
   });
 
   const lengths = [...MESSAGE.keys()]; // 0 to 15
-  test.each(lengths)("rejects when the stream ends after %p of 16 bytes", async (length) => {
-    const partial = MESSAGE.subarray(0, length);
-    const pieces = cut(partial, 0b100100); // after the third and the sixth byte
-    const error = await failure(recvAll(scripted(pieces), 16));
-    expect(error).toBeInstanceOf(EOFError);
-    expect(error).toMatchObject({
-      name: "EOFError",
-      message: `socket closed ${length} bytes into a 16-byte message`,
-      partial,
-      expected: 16,
-    });
-  });
+  test.each(lengths)(
+    "rejects when the stream ends after %p of 16 bytes (truncated)",
+    async (length) => {
+      const partial = MESSAGE.subarray(0, length);
+      const pieces = cut(partial, 0b100100); // after the third and the sixth byte
+      const error = await failure(recvAll(scripted(pieces), 16));
+      expect(error).toBeInstanceOf(EOFError);
+      expect(error).toMatchObject({
+        name: "EOFError",
+        message: `socket closed ${length} bytes into a 16-byte message`,
+        partial,
+        expected: 16,
+      });
+    },
+  );
 
   test("passes on an error of recv as it is, even in the middle of a message", async () => {
     const error = new Error("no luck");
@@ -210,7 +216,7 @@ describe("recv", () => {
     expect(await sock.recv(1)).toHaveLength(0);
   });
 
-  test("resolves to what arrived before a reset, and then rejects", async () => {
+  test("resolves to what arrived before a reset (RST), and then rejects", async () => {
     const { sock, peer } = await pair();
     peer.write("hello");
     expect(String(await sock.recv(2))).toBe("he"); // The rest has arrived, too.
@@ -266,6 +272,7 @@ describe("recv", () => {
     structuredClone(comma, { transfer: [comma.buffer as ArrayBuffer] });
     expect(String(await sock.recv(100))).toBe("world");
     peer.end();
+    // Twice: if empty results shared their memory, the second could not be transferred.
     for (let i = 0; i < 2; i += 1) {
       const empty = await sock.recv(100);
       structuredClone(empty, { transfer: [empty.buffer as ArrayBuffer] });
@@ -343,8 +350,8 @@ describe("recv", () => {
         const { sock, peer } = await pair();
         peer.write("?" + "line\nbody!x".repeat(64));
         await sock.recv(1); // All the rest has arrived, too.
-        // Each round makes three calls. In one round of 64, the first one is a 64th call, which
-        // yields to the event loop before it resolves.
+        // A round makes three calls, or four if the second is refused. In some of the rounds, the
+        // first one is a 64th call, which yields to the event loop before it resolves.
         for (let round = 0; round < 64; round += 1) {
           let hasGoneOn = false;
           const first = read(sock).then((line) => {
@@ -580,6 +587,16 @@ describe("for await", () => {
     expect(pieces.every((bytes) => bytes.length > 0)).toBeTrue();
   });
 
+  test("yields at most 64 KiB at a time, even if more has arrived", async () => {
+    const { sock, peer } = await pair();
+    peer.end(Buffer.alloc(MiB));
+    await sock.recv(1); // More than 64 KiB has arrived with it.
+    for await (const bytes of sock) {
+      expect(bytes).toHaveLength(65_536);
+      break;
+    }
+  });
+
   test("leaves the connection open after a break", async () => {
     const { sock, peer } = await pair();
     peer.write("hello");
@@ -776,10 +793,10 @@ describe("sendAll", () => {
   });
 });
 
-describe("a sendAll that stops halfway", () => {
+describe("an interrupted sendAll", () => {
   const torn = { code: "EPIPE", message: "an earlier sendAll failed" };
 
-  test("makes later ones reject, so that a broadcast never joins a line to half of another", async () => {
+  test("makes later ones reject, so that no line follows a truncated one (broadcast)", async () => {
     const { sock, peer } = await pair(0.05);
     expect(await failure(sock.sendAll(TOO_MUCH))).toMatchObject({ code: "ETIMEDOUT" });
     const reading = streamTo(peer); // The peer begins to read late.
@@ -815,17 +832,20 @@ describe("a sendAll that stops halfway", () => {
     { sent: "hell", ending: "ECONNRESET" },
   ];
   describe.each(failures)("because of $by,", ({ code, stop }) => {
-    test.each(parts)("after '$sent' of 'hello': the peer sees $ending", async (part) => {
-      const { sock, peer, room } = await pairWithRoom(0.05);
-      const reading = streamTo(peer);
-      room.bytes = part.sent.length;
-      const sending = failure(sock.sendAll("hello"));
-      await pollSockets(); // What was sent has arrived.
-      stop(sock);
-      expect(await sending).toMatchObject({ code });
-      sock.close();
-      expect(await reading).toEqual({ received: Buffer.from(part.sent), ending: part.ending });
-    });
+    test.each(parts)(
+      "after '$sent' of 'hello' (truncated): the peer sees $ending",
+      async (part) => {
+        const { sock, peer, room } = await pairWithRoom(0.05);
+        const reading = streamTo(peer);
+        room.bytes = part.sent.length;
+        const sending = failure(sock.sendAll("hello"));
+        await pollSockets(); // What was sent has arrived.
+        stop(sock);
+        expect(await sending).toMatchObject({ code });
+        sock.close();
+        expect(await reading).toEqual({ received: Buffer.from(part.sent), ending: part.ending });
+      },
+    );
   });
 
   test("does no harm if nothing of it was sent: a later one goes out", async () => {
@@ -874,7 +894,7 @@ describe("a sendAll that stops halfway", () => {
     expect(await streamTo(peer)).toEqual({ received: Buffer.from("hello"), ending: "end" });
   });
 
-  test("does not affect what was sent before if close stops it before its first byte", async () => {
+  test("does not affect the one before it if close stops it before its first byte", async () => {
     const { sock, peer, room } = await pairWithRoom();
     room.bytes = 2;
     const first = sock.sendAll("first");
@@ -886,7 +906,7 @@ describe("a sendAll that stops halfway", () => {
     expect(await streamTo(peer)).toEqual({ received: Buffer.from("first"), ending: "end" });
   });
 
-  test("does not affect what was sent before, even if the kernel still has most of it", async () => {
+  test("does not affect the one before it, which the kernel has accepted and not yet delivered", async () => {
     const { sock, peer } = await pair();
     const reading = streamTo(peer);
     const first = sock.sendAll(TOO_MUCH);
@@ -1024,7 +1044,7 @@ describe.each(["close", "abort"] as const)("%s", (name) => {
 });
 
 describe("close", () => {
-  test("cuts nothing off if the peer sends a byte before it reads, even if called twice (lingering)", async () => {
+  test("cuts nothing off if the peer sends a byte before it reads, even if close is called twice (lingering)", async () => {
     const { sock, peer } = await pair();
     const reply = Buffer.alloc(2 * MiB, "reply");
     const begun = await readWhile(peer, sock.sendAll(reply));
@@ -1052,7 +1072,8 @@ describe("close", () => {
     await pollSockets();
     sock.close();
     peer.end(Buffer.alloc(16 * MiB)); // more than the kernel has room for
-    await once(peer, "finish"); // The peer has sent all of it.
+    // The peer can only send all of it if this side takes it.
+    await once(peer, "finish");
   });
 
   test("is called by `using` at the end of a block", async () => {
@@ -1097,7 +1118,7 @@ describe("close", () => {
 });
 
 describe("abort", () => {
-  test("resets the connection, so that the peer cannot mistake a part for the whole", async () => {
+  test("resets the connection, so that the peer does not take a truncated reply for the whole", async () => {
     const { sock, peer } = await pair();
     const reading = streamTo(peer);
     await sock.sendAll("half an answer");
@@ -1180,6 +1201,14 @@ describe("timeout", () => {
     sock.timeout = Infinity;
     expect(await receiving).toMatchObject({ code: "ETIMEDOUT" });
     expect(await sending).toMatchObject({ code: "ETIMEDOUT" });
+  });
+
+  test("is read when a call begins, even by one that has to wait again", async () => {
+    const { sock, peer } = await pair(0.05);
+    const receiving = failure(sock.recvUntil("\n", 100));
+    sock.timeout = Infinity;
+    peer.write("half a line");
+    expect(await receiving).toMatchObject({ code: "ETIMEDOUT" });
   });
 
   const tooLong = [2_147_483.9, 2 ** 31]; // A timer counts up to 2,147,483.647 seconds.
@@ -1399,7 +1428,7 @@ describe("a connection", () => {
     expect(error.stack).toContain("callerWhoWaits");
   });
 
-  test.skipIf(!HAS_PROC)("turns on keep-alive after 60 idle seconds", async () => {
+  test.skipIf(!HAS_PROC)("turns on keep-alive after 60 idle seconds (NAT)", async () => {
     const { sock } = await pair();
     const port = sock.sockname.port.toString(16).toUpperCase().padStart(4, "0");
     // The kernel's list of connections: the timer of kind 2 is keep-alive. It counts in 1/100 s.
@@ -1474,6 +1503,15 @@ describe("connect", () => {
     expect(sock.peername.host).toBe("127.0.0.1");
     const hosts = dialled.mock.calls.map(([options]) => "hostname" in options && options.hostname);
     expect(hosts).toEqual(["127.0.0.2", "127.0.0.1"]);
+  });
+
+  test("rejects with the error of the last address of a name", async () => {
+    const port = await freePort();
+    using _lookup = lookupFinds(["127.0.0.2", "127.0.0.3"]);
+    const error = await failure(connect("name.invalid", port));
+    expect(error).toMatchObject({
+      message: `cannot connect to ('127.0.0.3', ${port}): connection refused or host unreachable`,
+    });
   });
 
   test("looks a name up as Python does: through the system, over IPv4", async () => {
@@ -1687,7 +1725,7 @@ describe("listen", () => {
     expect(String(await sock.recv(100))).toBe("hello");
   });
 
-  test("serves a client while another one sends thousands of small messages (starvation)", async () => {
+  test("serves a client while another one pipelines thousands of messages (starvation)", async () => {
     const count = 20_000;
     let served = 0;
     const listener = await serving(async (sock) => {
@@ -1727,7 +1765,7 @@ describe("listen", () => {
     },
   );
 
-  test("has no timeout unless one is given, and gives each connection its own", async () => {
+  test("gives its timeout to each connection, and has none by default", async () => {
     const timeouts: number[] = [];
     const serve = (sock: Connection) => {
       timeouts.push(sock.timeout);
@@ -2230,7 +2268,7 @@ describe("the command line", () => {
   const signals = ["SIGINT", "SIGTERM"] as const;
   const testOnPort = test.skipIf(host === undefined);
   testOnPort.each(signals)(
-    "has a server and a client that talk on port 1060, until %s",
+    "has a server and a client that talk on port 1060, until %s (Ctrl-C, kill)",
     async (signal) => {
       const server = spawn(["tcp_local.ts", "server", `${host}`]);
       const out = linesOf(server.stdout);
@@ -2976,15 +3014,15 @@ function countDescriptors(pid: number): number {
  *     roomForTwoBytes   `room` is 2. Bun reports it, and no call waits for it.
  *     sendAll           The kernel takes "DE": `sent` is "ABCDE". The call waits with "F".
  *     aMinutePasses     The call rejects with `TIMED_OUT`. "ABCDE" does not consist of whole
- *                       messages, which is what `isTorn` asks.
+ *                       messages: the stream is torn. (The program says that it has a gap.)
  *     close             A torn stream must not look whole. The peer sees a reset, not an end.
  *
  * If the program forgot that a part of a message was sent, the test would fail with the shortest
  * sequence that shows it:
  *
  *     after roomForOneByte; then sendAll; then shutdown
- *      got [sendAll: EPIPE: …], timers: [], the peer sees "A" and then an end, …
- *     want [sendAll: EPIPE: …], timers: [], the peer sees "A" and then nothing, …
+ *      got the peer sees "A" and then an end
+ *     want the peer sees "A" and then nothing
  *
  * To add a method to `Connection`, write it in the program first, and then:
  *
@@ -2993,13 +3031,16 @@ function countDescriptors(pid: number): number {
  *    it.)
  * 2. Add it to `BlockingSocket`: what it promises. One that waits for bytes calls `receive` with a
  *    function that says how many of the unread bytes are the result, or 0 if it has to wait. They
- *    are then taken. For a method that leaves them, `Reader` needs a flag that `settleReader` reads.
+ *    are then taken. For a method that leaves them, `Reader` needs a flag that `settleReader` reads
+ *    in both places where it takes bytes.
  * 3. Add it to `Caller`, which calls the method itself. `RealConnection` inherits it.
  * 4. Add it to `SimulatedConnection`, which passes the call on to its `Caller`.
- * 5. Add it to the tables of other tests that list methods. The test that "prints its addresses and
- *    its methods" fails without it. Those titled "yields to the event loop at every 64th", "throws
- *    an error whose stack leads to the caller of", "refuses other readers" and "makes pending calls
- *    reject" do not notice if it is missing.
+ * 5. Add it to the other tests that list methods. The test that "prints its addresses and its
+ *    methods" fails without it. These do not notice if it is missing: "yields to the event loop at
+ *    every 64th", "throws an error whose stack leads to the caller of", "refuses a second reader",
+ *    "refuses other readers" (whose rounds suppose that the bytes are taken), "rejects a maxLength
+ *    of" and "makes pending calls reject".
+ * 6. If it has a section of its own, name the section in the list at the top of this file.
  *
  * The model compares results as text. Whether they share memory needs a test of its own.
  *
@@ -3150,8 +3191,8 @@ function compare(turns: Move[][]): void {
 }
 
 /**
- * Makes the moves, and returns what a simulated connection and the model show in the end. (What
- * they show on the way has been seen in the end of a shorter sequence.)
+ * Makes the moves, and returns what a simulated connection and the model show in the end. (Earlier
+ * turns need no comparison: each was the end of a shorter sequence.)
  */
 function play(turns: Move[][]): { got: string; want: string } {
   const simulated = new SimulatedConnection();
@@ -3201,23 +3242,30 @@ async function compareReal(turns: RealMove[][], listener: PeerListener): Promise
 function shown(socket: SimulatedConnection | BlockingSocket): string {
   const kernel = `unread in the kernel "${socket.inKernel}"`;
   const descriptor = socket.isOpen ? kernel : "the socket is gone";
-  return `${shownCalls(socket)}, ${shownToPeer(socket)}, ${descriptor}`;
+  return `${shownCalls(socket)}\n${shownToPeer(socket)}\n${descriptor}`;
 }
 
 function shownCalls(socket: { calls: Call[]; timers(): number[] }): string {
-  const calls = socket.calls.map(({ name, outcome }) => `${name}: ${outcome}`);
-  return `[${calls.join(", ")}], timers: [${socket.timers().join(", ")}]`;
+  const calls = socket.calls.map(({ name, outcome }, i) => `call ${i + 1}, ${name}: ${outcome}\n`);
+  return `${calls.join("")}timers: [${socket.timers().join(", ")}]`;
 }
 
 function shownToPeer(socket: { sent: string; ending: Ending }): string {
   return `the peer sees "${socket.sent}" and then ${socket.ending}`;
 }
 
-/** Throws if what was got is not what was wanted, and says after which moves. */
+/** Throws if what was got is not what was wanted, and says which lines differ, after which moves. */
 function expectSame(turns: string[][], got: string, want: string): void {
   if (got === want) return;
   const made = turns.map((moves) => moves.join(" and ")).join("; then ");
-  throw new Error(`after ${made}\n got ${got}\nwant ${want}`);
+  throw new Error(`after ${made}\n got ${linesNotIn(want, got)}\nwant ${linesNotIn(got, want)}`);
+}
+
+/** The lines of `text` that `other` does not have. */
+function linesNotIn(other: string, text: string): string {
+  const others = other.split("\n");
+  const lines = text.split("\n").filter((line) => !others.includes(line));
+  return lines.join("; ");
 }
 
 /** A call that receives or sends. */
@@ -3463,7 +3511,7 @@ class BlockingSocket extends Network {
     const unreadBefore = this.unread;
     const sentBefore = this.sent;
     const isWriting = this.writers.length > 0;
-    this.turn();
+    this.turn(); // What has arrived counts, even if the timers fire first.
     const isReaderLate = this.reader === readerBefore && this.unread === unreadBefore;
     if (isReaderLate) this.timeOutReader();
     if (isWriting && this.sent === sentBefore) this.write(); // Bun does not report a little room.
@@ -3472,7 +3520,7 @@ class BlockingSocket extends Network {
     this.isReaderBusy = this.reader !== undefined;
   }
 
-  /** On real sockets: after one minute, the kernel may still take a little more. */
+  /** On real sockets: in each of the first two minutes, the kernel may still take a little more. */
   threeMinutesPass(): void {
     for (let i = 0; i < 3; i += 1) this.aMinutePasses();
   }
@@ -3855,6 +3903,7 @@ class RealConnection extends Caller {
     this.peer.terminate();
   }
 
+  /** `TOO_MUCH` consists of zeros. Any number of them counts as the one "!" that the model sends. */
   get sent(): string {
     const { text } = this.peer.data;
     const firstZero = text.indexOf("\0");
