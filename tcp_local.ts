@@ -11,12 +11,12 @@
  * `recv` puts a message back together. Bun has no `recv`: it hands each piece to a `data` handler
  * as it arrives.
  *
- * The rest of this file, below the program, therefore provides the socket that such a loop needs: a
+ * The rest of this file, below the program, provides the socket that such a loop needs: a
  * `Connection`, whose `recv` can be awaited.
  */
 import type { Socket, SocketHandler, TCPSocketListener } from "bun";
 
-/** The TCP port of the Python program. */
+/** The TCP port that the Python program uses. */
 export const PORT = 1060;
 
 /**
@@ -24,24 +24,26 @@ export const PORT = 1060;
  * with a `recv(maxLength)` that resolves to between 1 and `maxLength` bytes, or to an empty array
  * at the end of the stream.
  *
- * `recv` is never asked for more bytes than are missing, so whatever follows the message is left
- * for the next call. A `length` of 0 reads nothing. If `sock` has a timeout, it applies to each
+ * Never asks `recv` for more bytes than the message still needs: whatever follows the message is
+ * left for the next call. A `length` of 0 reads nothing. A timeout on `sock` applies to each
  * `recv`, not to the whole message.
  *
  * Rejects with an `EOFError` if the stream ends first, and with `recv`'s own error if `recv`
- * rejects. After either of these, even if `recv` only timed out, close the connection: the part of
- * the message that had arrived is no longer in the socket. (Only one call may receive at a time.
- * One that is refused for this reason has lost nothing.) Rejects with a `RangeError` if `length` is
- * not a non-negative integer, and with a `TypeError` if `recv` resolves to anything but bytes.
+ * rejects. After either error, even if `recv` only timed out, close the connection: the part of the
+ * message that did arrive is no longer in the socket. The exception is a call that is refused
+ * because another call is receiving. Such a call has lost nothing. Rejects with a `RangeError` if
+ * `length` is not a non-negative integer, and with a `TypeError` if `recv` resolves to anything but
+ * bytes.
  *
- * The buffer is allocated at once. If `length` comes from the peer, check it against a limit first.
+ * The whole buffer is allocated up front. If `length` comes from the peer, check it against a limit
+ * first.
  */
 export function recvAll(
   sock: { recv(maxLength: number): Promise<Uint8Array> },
   length: number,
 ): Promise<Buffer> {
   if (sock instanceof Connection) {
-    // Only for speed: if the whole message has arrived, take it in one step, without the loop.
+    // For speed, a message that has arrived in full is taken in one step, without the loop.
     const whole = sock.tryRecvAll(length);
     if (whole !== undefined) return Promise.resolve(whole);
   }
@@ -86,16 +88,16 @@ export class EOFError extends Error {
 
 /**
  * Answers every client that connects to `host` and prints what the Python program prints. `sc` and
- * `message` keep their names from that program. Unlike that program, this serves clients
- * concurrently and survives one that fails. A client that stays silent for `timeout` seconds is
- * disconnected. Resolves to Bun's listener.
+ * `message` keep their names from that program. Unlike that program, this server handles clients
+ * concurrently and keeps running when one of them fails. A client that stays silent for `timeout`
+ * seconds is disconnected. Resolves to Bun's listener.
  */
 export async function server(
   host: string,
   port: number = PORT,
   timeout: number = 60,
 ): Promise<TCPSocketListener<Connection>> {
-  const listener = await listen(host, port, serve, timeout); // `serve` is called for each client.
+  const listener = await listen(host, port, serve, timeout); // `serve` is below.
   const address = new Address(listener.hostname, listener.port);
   console.log(`Listening at ${address}`);
 
@@ -119,7 +121,7 @@ export async function client(
   port: number = PORT,
   timeout: number = 60,
 ): Promise<void> {
-  using s = await connect(host, port, timeout); // Like Python's `with`: closes `s` at the end.
+  using s = await connect(host, port, timeout); // Closes `s` at the end, like Python's `with`.
   console.log(`Client has been assigned socket name ${s.sockname}`);
   await s.sendAll("Hi there, server");
   const reply = await recvAll(s, 16);
@@ -175,14 +177,14 @@ const REASONS: Record<string, string> = {
  * - `ECONNRESET`: The peer reset the connection.
  * - `EPIPE`: This side has called `shutdown`, an earlier `sendAll` failed and left the stream
  *   incomplete, or the peer ended its stream and then reset the connection.
- * - `EHOSTUNREACH`: The peer, or the network to it, has vanished.
+ * - `EHOSTUNREACH`: The peer has vanished or can no longer be reached.
  * - `EBADF`: This side has called `close` or `abort`.
  * - `ECONNABORTED`: The connection was cut off on this side, by `stop(true)` on Bun's listener or
- *   by the system (with `ss -K`, for example). After `shutdown`, Bun reports this in the same way
- *   as the end of the peer's stream, and `recv` resolves to an empty buffer.
+ *   by the system (with `ss -K`, for example). After `shutdown`, Bun reports a cut-off in the same
+ *   way as the end of the peer's stream, and `recv` resolves to an empty buffer.
  *
- * Other codes, such as `EADDRINUSE`, come from the system or from Bun. If Bun gives no code for an
- * error of `connect` or `listen`, `code` is empty.
+ * Other codes, such as `EADDRINUSE`, come from the system or from Bun. If `connect` or `listen`
+ * fails and Bun gives no code, `code` is empty.
  */
 export class SocketError extends Error {
   override readonly name = "SocketError";
@@ -195,9 +197,9 @@ export class SocketError extends Error {
 }
 
 /**
- * The error to throw when Bun throws `cause`: a `SocketError` that says what could not be done, and
- * why. If Bun complains about an invalid argument, the caller has made a mistake, and this returns
- * Bun's own error.
+ * Returns the error to throw when Bun throws `cause`: a `SocketError` that says what could not be
+ * done and why. If Bun complains about an invalid argument, the mistake is the caller's, and Bun's
+ * own error is returned.
  */
 function toError(summary: string, cause: unknown): unknown {
   if (cause instanceof TypeError || cause instanceof RangeError) return cause;
@@ -212,9 +214,10 @@ function toError(summary: string, cause: unknown): unknown {
  * error unchanged.
  *
  * In Bun, the stack of an error created after an `await` lists the async functions that are
- * waiting. It omits a module that waits at its top level, which is where `connect` and `listen` are
- * usually called. These two therefore create a blank error at once and fill it in when they fail.
- * An uncaught error then points to the line that called them.
+ * waiting. That list omits a module that waits at its top level, which is where `connect` and
+ * `listen` are usually called. For this reason, `connect` and `listen` create a blank error before
+ * their first `await` and fill it in if they fail. An uncaught error then points to the line that
+ * called them.
  */
 function fillIn(blank: SocketError, error: unknown): unknown {
   if (!(error instanceof SocketError)) return error;
@@ -251,10 +254,11 @@ function checkTimeout(timeout: number): void {
 const LONGEST_TIMEOUT = 2_147_483;
 
 /**
- * Where a call waits until a handler reports a change: Python's `threading.Condition`, without the
- * lock and for a single waiter.
+ * A place where a call waits until a handler reports a change, like Python's `threading.Condition`,
+ * but without the lock and for a single waiter.
  *
- * `notify` does nothing while nobody waits, so check the state before waiting, and again after.
+ * Because `notify` does nothing when nobody is waiting, check the state before waiting and again
+ * afterwards.
  */
 class Condition {
   #resolve: ((isNotified: boolean) => void) | undefined;
@@ -280,8 +284,8 @@ class Condition {
 
   #onTimer(): void {
     // If the process was busy, the timer may fire before Bun has read bytes that arrived in time.
-    // One more round of the event loop gives `notify` a chance to come first. A timer of 0 seconds
-    // waits for that round.
+    // One more turn of the event loop gives `notify` a chance to come first. A timer of 0 seconds
+    // waits for that turn.
     this.#timer = setTimeout(() => this.#endWait(false), 0);
   }
 
@@ -296,10 +300,10 @@ class Condition {
 const LARGE_PIECE = 16_384;
 
 /**
- * Frees the memory of `bytes` without waiting for the garbage collector, if nothing else shares it.
- * (Nothing shares that of the pieces that Bun delivers.) The next piece then gets memory that is
- * still in the processor's cache. For a server that exchanges messages of 64 KiB, this cuts the
- * processor time by a tenth.
+ * Frees the memory of `bytes` without waiting for the garbage collector, if nothing else shares
+ * that memory. (Each piece that Bun delivers has memory of its own.) The next piece then gets
+ * memory that is still in the processor's cache. For a server that exchanges messages of 64 KiB,
+ * this cuts processor time by a tenth.
  */
 function free(bytes: Buffer): void {
   const buffer = bytes.buffer;
@@ -310,7 +314,7 @@ function free(bytes: Buffer): void {
 /** What every `ReceiveBuffer` holds while it is empty. */
 const NO_BYTES: Buffer = Buffer.alloc(0);
 
-/** The bytes that have arrived and that `recv` has not returned yet. */
+/** The bytes that have arrived but that `recv` has not returned yet. */
 class ReceiveBuffer {
   #bytes = NO_BYTES;
   /** How many of `#bytes` have been taken. */
@@ -320,7 +324,7 @@ class ReceiveBuffer {
     return this.#bytes.length - this.#taken;
   }
 
-  /** Adds bytes at the end. If there are no others, keeps `bytes` itself, without a copy. */
+  /** Adds `bytes` at the end. If the buffer is empty, keeps `bytes` itself, not a copy. */
   add(bytes: Buffer): void {
     const isEmpty = this.length === 0;
     this.#bytes = isEmpty ? bytes : Buffer.concat([this.#bytes.subarray(this.#taken), bytes]);
@@ -337,7 +341,7 @@ class ReceiveBuffer {
     return index < 0 ? 0 : index + delimiter.length;
   }
 
-  /** Takes the first bytes, at most `maxLength`, as a buffer whose memory nothing else uses. */
+  /** Takes up to `maxLength` bytes from the start, in a buffer whose memory nothing else uses. */
   take(maxLength: number): Buffer {
     if (this.length === 0) return Buffer.alloc(0); // not `NO_BYTES`, which is shared
     const bytes = this.#bytes;
@@ -369,7 +373,7 @@ class ReceiveBuffer {
   }
 }
 
-/** Lets in one caller at a time, in order of arrival: Python's `asyncio.Lock`. */
+/** Lets in one caller at a time, in order of arrival, like Python's `asyncio.Lock`. */
 class Lock {
   #isHeld = false;
   readonly #queue: (() => void)[] = [];
@@ -383,7 +387,7 @@ class Lock {
   }
 
   /**
-   * Acquires the lock if it is free and returns undefined, so that the caller can go on without an
+   * If the lock is free, acquires it and returns undefined, so that the caller can go on without an
    * `await`. (Even an `await` with nothing to wait for lets other code run first.) Otherwise,
    * returns a promise that resolves when the lock has been acquired.
    */
@@ -398,7 +402,8 @@ class Lock {
   }
 
   release(): void {
-    // The lock stays held for the next in the queue, so that no other call jumps the queue.
+    // If calls are queued, the lock goes to the next one without being freed, so that no other call
+    // can jump the queue.
     const next = this.#queue.shift();
     if (next) next();
     else this.#isHeld = false;
@@ -407,12 +412,13 @@ class Lock {
 
 /**
  * A call that does not have to wait returns without going back to the event loop. A loop of such
- * calls would starve every other connection, so every 64th call yields to the event loop.
+ * calls would starve every other connection. To prevent that, every 64th call yields to the event
+ * loop.
  */
 const CALLS_PER_TURN = 64;
-let callsLeft = CALLS_PER_TURN; // on all connections together
+let callsLeft = CALLS_PER_TURN; // across all connections
 
-/** Counts a call. Returns whether it has to yield, as every 64th one does. */
+/** Counts a call and returns whether it has to yield: see `CALLS_PER_TURN`. */
 function mustYield(): boolean {
   callsLeft -= 1;
   if (callsLeft > 0) return false;
@@ -429,7 +435,7 @@ function eventLoopTurn(): Promise<void> {
   return new Promise((resolve) => setImmediate(resolve));
 }
 
-/** Rejects with `error`, after counting the call: a loop of calls that fail must yield, too. */
+/** Counts the failed call and rejects with `error`: a loop of calls that fail must yield, too. */
 async function rejectInTurn(error: unknown): Promise<never> {
   if (mustYield()) await eventLoopTurn();
   throw error;
@@ -443,15 +449,16 @@ const LINGER_TIME = 4;
  * `recv` and `sendall` block. When they fail, they reject with a `SocketError`, whose documentation
  * lists the codes.
  *
- * An open connection keeps the process alive, so declare it with `using`, which closes it.
+ * An open connection keeps the process alive. To have it closed automatically, declare it with
+ * `using`:
  *
  *     using sock = await connect("127.0.0.1", 1060);
  *     await sock.sendAll("Hi there, server");
  *     const reply = await recvAll(sock, 16);
  *
  * The table shows what `recv` and `sendAll` do after each event, and what the peer sees as a
- * result. "End" means the end of a stream, and "broken" that an error such as `ECONNRESET` ended
- * the connection. For gaps, see `sendAll`.
+ * result. An "end" is the end of a stream. A "broken" connection is one that an error such as
+ * `ECONNRESET` has ended. For gaps, see `sendAll`.
  *
  * | after               | `recv`                        | `sendAll`        | the peer sees      |
  * | ------------------- | ----------------------------- | ---------------- | ------------------ |
@@ -463,16 +470,16 @@ const LINGER_TIME = 4;
  * | `close`             | rejects: `EBADF`              | rejects: `EBADF` | this side's end    |
  * | `abort`             | rejects: `EBADF`              | rejects: `EBADF` | a reset            |
  *
- * If several rows apply, those of `close` and `abort` come first. Next comes the peer's end for
- * `recv`, and a broken connection for `sendAll`. Once there is a gap, the peer sees no end: neither
- * `shutdown` nor `close` sends one.
+ * If several rows apply, the rows for `close` and `abort` take precedence. After them, the peer's
+ * end takes precedence for `recv`, and a broken connection for `sendAll`. Once there is a gap, the
+ * peer sees no end: neither `shutdown` nor `close` sends one.
  */
 export class Connection {
   /**
-   * The address of this end. It is ('0.0.0.0', 0) if the peer reset the connection at once.
+   * The address of this end. It is ('0.0.0.0', 0) if the peer reset the connection immediately.
    */
   readonly sockname: Address;
-  /** The address of the peer, likewise ('0.0.0.0', 0) in that case. */
+  /** The address of the peer. After an immediate reset, it is ('0.0.0.0', 0) as well. */
   readonly peername: Address;
 
   readonly #socket: Socket<Connection>;
@@ -484,7 +491,7 @@ export class Connection {
   readonly #sendLock = new Lock();
   /** Whether a `sendAll` has sent part of its data and is waiting to send the rest. */
   #isPartway = false;
-  /** Whether data is missing from the stream, because a `sendAll` left a gap. */
+  /** Whether a `sendAll` has left a gap: data is missing from the stream. */
   #hasGap = false;
   /** Whether `shutdown`, `close` or `abort` was called: this side sends no more. */
   #hasShutDown = false;
@@ -494,22 +501,22 @@ export class Connection {
   #hasAborted = false;
   /** Whether the end of the peer's stream has arrived. */
   #peerHasEnded = false;
-  /** The code of the first error. It is empty while there is none. */
+  /** The code of the first error. It is empty until an error occurs. */
   #errorCode = "";
   /**
    * Whether Bun has closed the socket. If so, the peer's stream has ended, or there is an error
    * code.
    */
   #isDisconnected = false;
-  /** Notified when `recv` may go on: bytes have arrived, or the end, or an error. */
+  /** Notified when `recv` may go on: bytes, the end of the stream, or an error has arrived. */
   readonly #arrival = new Condition();
   /** Notified when `sendAll` may go on: the kernel has room again, or there is an error. */
   readonly #room = new Condition();
   #lingerTimer: ReturnType<typeof setTimeout> | undefined;
 
   /**
-   * Whether the connection has to end with a reset. An ordinary end would tell the peer that it has
-   * received everything.
+   * Whether the connection has to end with a reset. An ordinary end would tell the peer that the
+   * stream is complete.
    */
   get #mustReset(): boolean {
     return this.#isPartway || this.#hasGap || this.#hasAborted;
@@ -527,7 +534,7 @@ export class Connection {
   };
 
   /**
-   * Internal: `socket` must be open and use `handlers`. The caller stores the connection in
+   * Internal: `socket` must be open and use `handlers`. The caller must store the connection in
    * `socket.data`.
    */
   constructor(socket: Socket<Connection>, timeout: number) {
@@ -537,22 +544,22 @@ export class Connection {
     this.sockname = new Address(socket.localAddress ?? "0.0.0.0", socket.localPort ?? 0);
     this.peername = new Address(socket.remoteAddress ?? "0.0.0.0", socket.remotePort ?? 0);
     // After 60 seconds of silence, the kernel sends ten probes, a second apart, to see whether the
-    // peer is still there. (Bun fixes their number and interval. It takes the delay in
+    // peer is still there. (Bun fixes the number of probes and the interval. The delay is in
     // milliseconds.)
     socket.setKeepAlive(true, 60_000);
   }
 
   /**
-   * How long a call may go without progress, in seconds: a `recv` without receiving a byte, or a
-   * `sendAll` without sending one. After that, it rejects with `ETIMEDOUT`. `Infinity`, like
+   * How long, in seconds, a call may go without progress before it rejects with `ETIMEDOUT`.
+   * Progress means that `recv` receives a byte, or that `sendAll` sends one. `Infinity`, like
    * Python's `None`, means that there is no limit. So does any number above 2,147,483. A change
    * applies to calls that begin after it. Setting anything but a number above 0 throws a
    * `RangeError`.
    *
-   * Without a timeout, calls still reject with `EHOSTUNREACH` when the peer has vanished, after a
-   * power failure for example. TCP keep-alive notices that after about 70 seconds of silence. If
-   * data that was sent is still unacknowledged, Linux retransmits it instead of probing and gives
-   * up after about 15 minutes.
+   * Even without a timeout, calls reject with `EHOSTUNREACH` when the peer has vanished, for
+   * example after a power failure. TCP keep-alive notices that after about 70 seconds of silence.
+   * If data that was sent is still unacknowledged, Linux retransmits it instead of probing and
+   * gives up after about 15 minutes.
    */
   get timeout(): number {
     return this.#timeout;
@@ -567,14 +574,14 @@ export class Connection {
     if (this.#hasClosed) return;
     this.#unread.add(bytes); // Bun never reuses their memory.
     // Backpressure: if no `recv` is waiting, make Bun stop reading until one is. What the peer
-    // sends meanwhile fills the kernel's buffer, and then the peer has to wait.
+    // sends in the meantime fills the kernel's buffer, and then the peer has to wait.
     if (!this.#arrival.hasWaiter) this.#socket.pause();
     this.#arrival.notify();
   }
 
   #onEnd(): void {
-    // After a write has failed, Bun still delivers the bytes that arrived before, and then calls
-    // `end`, although the peer has not ended its stream.
+    // After a write has failed, Bun still delivers the bytes that arrived earlier and then calls
+    // `end`, even though the peer has not ended its stream.
     if (!this.#errorCode) this.#peerHasEnded = true;
     this.#arrival.notify();
   }
@@ -584,18 +591,19 @@ export class Connection {
     this.#isDisconnected = true;
     const hasSentEnd = this.#hasShutDown && !this.#mustReset;
     if (error?.code === "ETIMEDOUT") {
-      // The kernel has given up on the peer. Passed on unchanged, its code would look like the
-      // connection's own timeout and invite the caller to try again.
+      // The kernel has given up on the peer. If its code were passed on unchanged, the failure
+      // would look like the connection's own timeout and invite the caller to try again.
       this.#fail("EHOSTUNREACH");
     } else if (error) {
       this.#fail(error.code ?? "ECONNABORTED");
     } else if (hasSentEnd && !this.#errorCode) {
-      // When both sides have ended, Bun closes the socket without calling `end` first. (It also
-      // does this after `stop(true)`, which therefore looks like the peer's end.)
+      // When both sides have ended their streams, Bun closes the socket without calling `end`
+      // first. (Bun does the same after `stop(true)`, which therefore looks like the peer's end.)
       this.#peerHasEnded = true;
     } else {
-      // Something on this side, such as `stop(true)` on the listener, has closed the socket. (Or a
-      // write has failed before. Then the error is known already, and `#fail` keeps it.)
+      // Something on this side, such as `stop(true)` on the listener, has closed the socket, or a
+      // write failed earlier. After a failed write, the error is already known, and `#fail` keeps
+      // it.
       this.#fail("ECONNABORTED");
     }
     this.#arrival.notify();
@@ -619,21 +627,21 @@ export class Connection {
    * undisturbed. Rejects with a `RangeError` if `maxLength` is not a positive integer.
    */
   recv(maxLength: number): Promise<Buffer> {
-    // Not an async function: it would settle a few microtasks later than `#receive`, when another
-    // call may already receive. See `#endReceiving`.
+    // An async function here would settle a few microtasks later than `#receive`, when another call
+    // may already be allowed to receive. See `#endReceiving`.
     return this.#receive(maxLength);
   }
 
   /**
    * Like `recv`, but waits for `delimiter`, such as "\r\n", and resolves to everything up to and
-   * including the first one. If the first `maxLength` bytes do not contain it, resolves to those
-   * bytes. If the stream ends before it, resolves to what is left. A Python file
+   * including its first occurrence. If the first `maxLength` bytes contain no delimiter, resolves
+   * to those bytes. If the stream ends before a delimiter, resolves to what is left. A Python file
    * object's `readline(limit)` does the same.
    *
-   * Check that the result ends with the delimiter. If it does not, the text is too long or cut off.
-   * An empty result means that the stream has ended after the last delimiter. Do not call again to
-   * get the rest of the line: the limit may have fallen inside the delimiter, with "\r" at the end
-   * of one result and "\n" at the start of the next.
+   * Check that the result ends with the delimiter. If it does not, the text is too long or was cut
+   * off. Do not call again to get the rest: the limit may have fallen inside the delimiter, with
+   * "\r" at the end of one result and "\n" at the start of the next. An empty result means that the
+   * stream ended after the last delimiter.
    *
    * The timeout restarts whenever bytes arrive. A call that rejects because of a timeout or a reset
    * loses nothing: the bytes that had arrived can be received with `recv`. Choose a `maxLength` of
@@ -647,12 +655,12 @@ export class Connection {
     return this.#receive(maxLength, { delimiter });
   }
 
-  /** `until` holds the delimiter, so that one that is undefined is a `TypeError`. */
+  /** `until` wraps the delimiter, so that an undefined delimiter causes a `TypeError`. */
   async #receive(maxLength: number, until?: { delimiter: string | Uint8Array }): Promise<Buffer> {
     if (!Number.isInteger(maxLength) || maxLength < 1) {
       throw new RangeError(`maxLength must be a positive integer, not ${maxLength}`);
     }
-    // A copy, because the caller may change the delimiter while this waits.
+    // Copy the delimiter, because the caller may change the original during the wait.
     const delimiter = until && Buffer.from(bytesOf(until.delimiter));
     if (delimiter?.length === 0) throw new RangeError("the delimiter must not be empty");
     if (this.#isReceiving) {
@@ -665,8 +673,7 @@ export class Connection {
       while (length === 0) {
         if (this.#hasClosed) throw new SocketError("EBADF");
         if (this.#peerHasEnded) return this.#unread.take(maxLength); // what is left, if anything
-        // After a write has failed, bytes may still arrive, so an error alone is no reason to give
-        // up.
+        // An error alone is no reason to give up: after a failed write, bytes may still arrive.
         if (this.#isDisconnected) throw new SocketError(this.#errorCode);
         // The few bytes that a `recvUntil` already has must not keep a large piece in memory.
         this.#unread.compact();
@@ -685,8 +692,9 @@ export class Connection {
 
   /**
    * After a call has settled, but before its caller runs again, other code could call `recv` and
-   * take the rest of the caller's message. The flag is therefore cleared as late as possible.
-   * Queued immediately before the return, this microtask runs just before the caller's own.
+   * take the rest of the caller's message. To prevent that, `#isReceiving` is cleared as late as
+   * possible. The microtask that clears it is queued immediately before the return and therefore
+   * runs just before the caller's own.
    */
   readonly #endReceiving = (): void => {
     this.#isReceiving = false;
@@ -703,7 +711,7 @@ export class Connection {
     const hasArrived = Number.isInteger(length) && length > 0 && length <= this.#unread.length;
     if (!hasArrived || this.#isReceiving || wouldYield()) return undefined;
     callsLeft -= 1;
-    // Until its caller runs again, this call is pending like any other: see `#endReceiving`.
+    // Like any other call, this one is pending until its caller runs again: see `#endReceiving`.
     this.#isReceiving = true;
     queueMicrotask(this.#endReceiving);
     return this.#unread.take(length);
@@ -723,7 +731,8 @@ export class Connection {
    * when `recv` rejects. Leaving the loop does not close the connection.
    */
   [Symbol.asyncIterator](): AsyncIterator<Buffer, void> {
-    // Not an async generator: the stack of an error from one would not lead back to the loop.
+    // This is not an async generator, because the stack of an error from a generator would not lead
+    // back to the loop.
     return { next: () => this.#nextPiece() };
   }
 
@@ -735,34 +744,36 @@ export class Connection {
 
   /**
    * Sends all of `data`, encoding a string as UTF-8. Resolves when the kernel has accepted every
-   * byte, which does not mean that the peer has received it. Do not modify `data` before the call
-   * settles.
+   * byte, which does not mean that every byte has reached the peer. Do not modify `data` before the
+   * call settles.
    *
-   * Concurrent calls send one after the other, in the order in which they were made. Time spent
+   * Concurrent calls send one after another, in the order in which they were made. Time spent
    * waiting for another call does not count towards the timeout.
    *
    * A call that fails after part of its data was sent leaves a gap in the stream. A call that fails
-   * before it has sent anything also leaves a gap if others are queued behind it, because their
-   * data would be sent without its own. (After `shutdown` or `close`, nothing more is sent, and
-   * there is no gap.) After a gap, the queued calls and all later ones reject with `EPIPE`, and
-   * `close` resets the connection, so that the peer cannot mistake what it has received for the
-   * complete stream. It is therefore safe to repeat a call that timed out: if it left a gap, the
-   * new call rejects.
+   * before it has sent anything leaves a gap if other calls are queued behind it, because their
+   * data would be sent and its own would be missing. (After `shutdown` or `close`, the queued calls
+   * send nothing, and such a call leaves no gap.) Once there is a gap, the queued calls and all
+   * later ones reject with `EPIPE`, and `close` resets the connection, so that the peer cannot
+   * mistake what it has received for the complete stream. Repeating a call that timed out is
+   * therefore safe: if the first call left a gap, the second one rejects.
    *
-   * A gap stays hidden in two cases: if the process exits without `close` or `abort`, and after
-   * `stop(true)` on the listener. In both, the kernel ends the stream as if it were complete.
+   * A gap stays hidden from the peer in two cases: if the process exits without `close` or `abort`,
+   * and after `stop(true)` on the listener. In both cases, the kernel ends the stream as if it were
+   * complete.
    *
    * Rejects with a `TypeError` if `data` is neither a string nor bytes.
    */
   sendAll(data: string | NodeJS.ArrayBufferView | ArrayBufferLike): Promise<void> {
-    // Not an async function, only for speed: most calls do not wait, and an async function would
-    // allocate the memory for waiting all the same. Errors must be turned into rejections by hand.
+    // For speed, this is not an async function: most calls do not wait, but an async function would
+    // allocate the memory for waiting anyway. As a result, errors must be turned into rejections by
+    // hand.
     try {
       const bytes = bytesOf(data);
       if (this.#sendLock.isHeld) return this.#sendRest(bytes, 0);
       const sent = this.#write(bytes, 0, bytes.length);
       if (sent < bytes.length) return this.#sendRest(bytes, sent);
-      // This yields after sending, so that the data leaves in the same tick as the call.
+      // Yield only after sending, so that the data leaves in the same turn as the call.
       if (mustYield()) return eventLoopTurn();
       return Promise.resolve();
     } catch (error) {
@@ -770,10 +781,11 @@ export class Connection {
     }
   }
 
-  /** The part of `sendAll` that waits. The first `sent` bytes have been sent. */
+  /** The part of `sendAll` that waits. The first `sent` bytes have already been sent. */
   async #sendRest(bytes: Uint8Array, sent: number): Promise<void> {
-    // Keep the original length. If the buffer is transferred to a worker meanwhile, its length
-    // becomes 0, and everything would seem to be sent. With this length, `write` throws.
+    // Keep the original length. If the buffer is transferred to a worker in the meantime, its
+    // length becomes 0, and everything would seem to have been sent. With the original length,
+    // `write` throws.
     const length = bytes.length;
     const timeout = this.#timeout;
     const queueing = this.#sendLock.acquire();
@@ -787,15 +799,15 @@ export class Connection {
       while (sent < length) {
         this.#isPartway = sent > 0;
         const isNotified = await this.#room.wait(timeout);
-        // Bun reports room only when there is plenty, and a slow reader may free just a little.
-        // When the time is up, this tries once more, and keeps waiting if a byte was accepted.
+        // Bun reports room only when there is plenty, but a slow reader may free just a little.
+        // When the time is up, try once more, and keep waiting if any bytes were accepted.
         const accepted = this.#write(bytes, sent, length - sent);
         if (accepted === 0 && !isNotified) throw new SocketError("ETIMEDOUT");
         sent += accepted;
       }
     } catch (error) {
-      // If the queued calls were still sent, the peer could not see that this one is missing.
-      // (After `shutdown`, none of them is sent.)
+      // If the queued calls still sent their data, the peer could not tell that the data of this
+      // call is missing. (After `shutdown`, they send nothing.)
       const othersFollow = this.#sendLock.hasWaiters && !this.#hasShutDown;
       if (this.#isPartway || othersFollow) this.#hasGap = true;
       throw error;
@@ -805,7 +817,7 @@ export class Connection {
     }
   }
 
-  /** Hands the kernel `count` bytes from `start` on. Returns how many of them it accepted. */
+  /** Hands the kernel `count` bytes, starting at `start`. Returns how many the kernel accepted. */
   #write(bytes: Uint8Array, start: number, count: number): number {
     if (this.#hasClosed) throw new SocketError("EBADF");
     if (this.#errorCode) throw new SocketError(this.#errorCode);
@@ -814,7 +826,7 @@ export class Connection {
     const accepted = this.#socket.write(bytes, start, count);
     if (accepted < 0) {
       // The peer has reset the connection. Bun does not pass on the kernel's code, which depends on
-      // whether the peer had ended its stream before.
+      // whether the peer had already ended its stream.
       this.#fail(this.#peerHasEnded ? "EPIPE" : "ECONNRESET");
       throw new SocketError(this.#errorCode);
     }
@@ -826,9 +838,9 @@ export class Connection {
    * receives everything that was sent, and then the end of the stream. This side can still receive.
    * A `sendAll` that is pending or called later rejects with `EPIPE`.
    *
-   * If the stream has a gap (see `sendAll`), or this cuts a `sendAll` off partway, the peer sees no
-   * end. It sees a reset when the connection is closed. Calling `shutdown` again, or after `close`,
-   * has no effect.
+   * If the stream has a gap (see `sendAll`), or if `shutdown` interrupts a `sendAll` partway, the
+   * peer sees no end. Instead, it sees a reset when the connection is closed. Calling `shutdown`
+   * again, or after `close`, has no effect.
    */
   shutdown(): void {
     if (this.#hasShutDown) return;
@@ -839,16 +851,17 @@ export class Connection {
 
   /**
    * Closes the connection. The peer receives everything that was sent, and then the end of the
-   * stream. If the stream has a gap (see `sendAll`), or this cuts a `sendAll` off partway, the peer
-   * sees a reset instead. Bytes not yet received are discarded, and pending calls reject with
-   * `EBADF`. Closing again has no effect.
+   * stream. If the stream has a gap (see `sendAll`), or if `close` interrupts a `sendAll` partway,
+   * the peer sees a reset instead. Bytes not yet received are discarded, and pending calls reject
+   * with `EBADF`. Closing again has no effect.
    *
    * The connection then lingers: it stays open and discards what arrives until the peer has ended
-   * its stream as well. (If a socket is closed while its peer is still sending, the kernel resets
-   * the connection, and data on its way to the peer is lost.) After 4 seconds, the socket is closed
-   * all the same. That is long enough for a peer that is still sending to read this side's reply,
-   * and too short for silent peers to pile up. (A peer that sends even later sees a reset.) A
-   * lingering connection keeps the process alive.
+   * its stream, too. If the socket were closed while the peer was still sending, the kernel would
+   * reset the connection, and data on its way to the peer would be lost. After 4 seconds, the
+   * socket is closed even if the peer has not ended its stream. Those 4 seconds are long enough for
+   * a peer that is still sending to read this side's reply, but too short for silent peers to pile
+   * up. (A peer that sends anything after that sees a reset.) A lingering connection keeps the
+   * process alive.
    */
   close(): void {
     if (this.#hasClosed) return;
@@ -857,9 +870,9 @@ export class Connection {
     this.shutdown();
     this.#arrival.notify(); // so that a pending `recv` rejects
     if (this.#mustReset) {
-      this.#socket.terminate(); // Bun's method to reset a connection
+      this.#socket.terminate(); // Bun's method for resetting a connection
     } else if (this.#peerHasEnded || this.#errorCode) {
-      // There is nothing to linger for. `end` is Bun's method to close a socket.
+      // There is nothing to linger for. `end` is Bun's method for closing a socket.
       this.#socket.end();
     } else {
       this.#socket.resume();
@@ -868,15 +881,15 @@ export class Connection {
   }
 
   /**
-   * Closes the connection at once, with a reset, which tells the peer that what it has received is
-   * incomplete. Data on its way to the peer is lost, and pending calls reject with `EBADF`. Also
-   * ends a connection that lingers after `close`. (An end that the peer has already seen cannot be
-   * taken back.)
+   * Closes the connection immediately, with a reset, which tells the peer that the stream is
+   * incomplete. Data on its way to the peer is lost, and pending calls reject with `EBADF`. After
+   * `close`, `abort` ends a connection that is still lingering. (An end that the peer has already
+   * seen cannot be taken back.)
    */
   abort(): void {
     this.#hasAborted = true; // so that `close` resets the connection
     this.close();
-    this.#socket.terminate(); // in case the connection was closed before, and lingers
+    this.#socket.terminate(); // in case the connection is lingering after an earlier `close`
   }
 
   [Symbol.dispose](): void {
@@ -893,13 +906,13 @@ function bytesOf(data: string | NodeJS.ArrayBufferView | ArrayBufferLike): Uint8
 }
 
 /**
- * Connects to a TCP server, like Python's `socket.create_connection`, but over IPv4 only: tries the
- * addresses of `host` in turn until one accepts. `timeout`, in seconds, covers the look-up and all
- * attempts together and becomes the connection's timeout. By default there is no timeout.
+ * Connects to a TCP server, like Python's `socket.create_connection`, but over IPv4 only. Tries the
+ * addresses of `host` in turn until one accepts. `timeout`, in seconds, covers the lookup and all
+ * attempts together. It then becomes the connection's timeout. By default there is no timeout.
  *
  * Rejects with a `SocketError` if `host` cannot be resolved, if no address accepts (the error is
- * then the last address's), or if the timeout expires. Rejects with a `RangeError` or a `TypeError`
- * for an invalid argument.
+ * from the last one), or if the timeout expires. Rejects with a `RangeError` or a `TypeError` for
+ * an invalid argument.
  *
  * Bun cannot cancel an attempt. After a timeout, the process may stay alive until the kernel gives
  * up. If the attempt succeeds after all, the connection is closed.
@@ -918,7 +931,7 @@ export async function connect(
   // because `then` never calls it synchronously.)
   const settled = new Condition();
   const notify = () => settled.notify();
-  // `notify` also handles a rejection, so that one after the timeout is not reported as unhandled.
+  // Handle a rejection, too: after the timeout, it would otherwise be reported as unhandled.
   dialling.then(notify, notify);
   try {
     const isInTime = await settled.wait(timeout);
@@ -933,7 +946,7 @@ export async function connect(
   }
 }
 
-/** Tries the addresses of `host` in turn, until one accepts or `signal` is aborted. */
+/** Tries the addresses of `host` in turn until one accepts or `signal` is aborted. */
 async function dial(
   host: string,
   port: number,
@@ -949,7 +962,7 @@ async function dial(
   for (const address of addresses) {
     if (signal.aborted) break;
     try {
-      // Without `allowHalfOpen`, Bun would end this side as soon as the peer ends its own.
+      // Without `allowHalfOpen`, Bun would end this side's stream when the peer ends its own.
       const options = { hostname: address, port, allowHalfOpen: true, socket: handlers };
       const socket = await Bun.connect(options);
       if (signal.aborted) socket.data.close();
@@ -958,27 +971,27 @@ async function dial(
       failure = toError(`cannot connect to ${new Address(address, port)}`, error);
     }
   }
-  throw failure; // If `signal` was aborted, `connect` has rejected already, and this is ignored.
+  throw failure; // If `signal` was aborted, `connect` has already rejected, and this is ignored.
 }
 
 /**
- * Listens on `host`, or on its first address if it is a name, over IPv4 only. Calls `serve` for
- * each client that connects, without waiting for the others, and closes the connection when its
- * `serve` is done. `timeout`, in seconds, becomes the timeout of each connection. By default there
- * is no timeout.
+ * Listens on `host`, over IPv4 only. If `host` is a name, listens on its first address. Calls
+ * `serve` for each client that connects, without waiting for the others, and closes the connection
+ * when its `serve` is done. `timeout`, in seconds, becomes the timeout of each connection. By
+ * default there is no timeout.
  *
  * If `serve` throws, the client's address and the reason go to standard error, and other clients
  * are unaffected. Anything but a `SocketError` or an `EOFError` is treated as a bug and printed
  * with its stack.
  *
- * However `serve` ends, the connection is closed with `close` and not reset, so a client may
- * mistake a truncated reply for a complete one. If that matters, catch the error in `serve`, call
- * `abort` and throw it again.
+ * However `serve` ends, the connection is closed with `close`, not with `abort`. A client may
+ * therefore mistake a truncated reply for a complete one. If that matters, catch the error in
+ * `serve`, call `abort` and throw the error again.
  *
  * Resolves to Bun's listener. If `port` is 0, the system picks a port, and the listener's `port`
- * says which. After `stop()` it accepts no more clients, and `stop(true)` also cuts off those that
- * are connected. Rejects with a `SocketError` if it cannot listen there, and with a `RangeError` or
- * a `TypeError` for an invalid argument.
+ * says which. After `stop()`, the listener accepts no more clients. `stop(true)` also cuts off the
+ * clients that are connected. Rejects with a `SocketError` if listening on `host` and `port` fails,
+ * and with a `RangeError` or a `TypeError` for an invalid argument.
  */
 export async function listen(
   host: string,
@@ -1034,14 +1047,14 @@ function listenAt(
   }
 }
 
-/** Resolves to the IPv4 addresses of `host`, at least one. As in Python, '' is 0.0.0.0. */
+/** Resolves to the IPv4 addresses of `host` (at least one). As in Python, '' means 0.0.0.0. */
 async function lookUp(host: string): Promise<[string, ...string[]]> {
   if (host === "") return ["0.0.0.0"];
   if (isIPv4(host)) return [host];
   const summary = `cannot resolve ${repr(host)}`;
   let found: Bun.DNSLookup[];
   try {
-    // As in Python, this asks the system's resolver. Bun's own does not know `127.1`.
+    // As in Python, this asks the system's resolver. Bun's own resolver does not know `127.1`.
     found = await Bun.dns.lookup(host, { family: 4, backend: "system" });
   } catch (error) {
     throw toError(summary, error);
@@ -1052,8 +1065,8 @@ async function lookUp(host: string): Promise<[string, ...string[]]> {
 }
 
 /**
- * Whether `host` is four decimal numbers from 0 to 255, which need no look-up. (`node:net` has an
- * `isIPv4`, but loading it takes longer than the whole exchange.)
+ * Whether `host` is four decimal numbers from 0 to 255, which need no lookup. (`node:net` has an
+ * `isIPv4`, but loading that module takes longer than the whole exchange.)
  */
 function isIPv4(host: string): boolean {
   const parts = host.split(".");
@@ -1066,7 +1079,7 @@ function isByte(text: string): boolean {
   return isDecimal && value >= 0 && value <= 255;
 }
 
-/** Shows bytes, or a string's UTF-8, as Python 2's `repr` does: in printable ASCII. */
+/** Like Python 2's `repr`, shows bytes, or the UTF-8 bytes of a string, in printable ASCII. */
 export function repr(bytes: string | Uint8Array): string {
   const text = Buffer.from(bytes).toString("latin1"); // one character for each byte
   const prefersDoubleQuotes = text.includes("'") && !text.includes('"');
@@ -1083,6 +1096,6 @@ export function repr(bytes: string | Uint8Array): string {
   return quote + shown + quote;
 }
 
-// Exit without waiting for a connection that lingers: the client has had its reply. (If there were
+// Exit without waiting for a lingering connection: the client has had its reply. (If there were
 // an `await` here, a program that imports this file could not be bundled as CommonJS.)
 if (import.meta.main) void main(process.argv.slice(2)).then(process.exit);
