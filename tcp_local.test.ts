@@ -712,6 +712,19 @@ describe("sendAll", () => {
     await Promise.all(calls);
   });
 
+  test("sends what a growable buffer held at the call (SharedArrayBuffer)", async () => {
+    const { sock, peer, room } = await pairWithRoom(0.05);
+    const buffer = new SharedArrayBuffer(5, { maxByteLength: 10 });
+    function growAndAccept(): number {
+      buffer.grow(10); // as a worker may do at any time
+      return 5;
+    }
+    Object.defineProperty(room, "bytes", { get: growAndAccept, set() {} });
+    await sock.sendAll(buffer);
+    sock.close();
+    expect(await receivedBy(peer)).toEqual(Buffer.alloc(5));
+  });
+
   test("rejects if its buffer is transferred while it is being sent", async () => {
     const { sock, peer } = await pair();
     const data = new ArrayBuffer(TOO_MUCH.length);

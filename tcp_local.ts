@@ -770,9 +770,13 @@ export class Connection {
     // hand.
     try {
       const bytes = bytesOf(data);
-      if (this.#sendLock.isHeld) return this.#sendRest(bytes, 0);
-      const sent = this.#write(bytes, 0, bytes.length);
-      if (sent < bytes.length) return this.#sendRest(bytes, sent);
+      // Keep the original length. If the buffer is transferred to a worker in the meantime, its
+      // length becomes 0, and everything would seem to have been sent. With the original length,
+      // `write` throws.
+      const length = bytes.length;
+      if (this.#sendLock.isHeld) return this.#sendRest(bytes, 0, length);
+      const sent = this.#write(bytes, 0, length);
+      if (sent < length) return this.#sendRest(bytes, sent, length);
       // Yield only after sending, so that the data leaves in the same turn as the call.
       if (mustYield()) return eventLoopTurn();
       return Promise.resolve();
@@ -781,12 +785,8 @@ export class Connection {
     }
   }
 
-  /** The part of `sendAll` that waits. The first `sent` bytes have already been sent. */
-  async #sendRest(bytes: Uint8Array, sent: number): Promise<void> {
-    // Keep the original length. If the buffer is transferred to a worker in the meantime, its
-    // length becomes 0, and everything would seem to have been sent. With the original length,
-    // `write` throws.
-    const length = bytes.length;
+  /** The part of `sendAll` that waits. Of `length` bytes, the first `sent` have been sent. */
+  async #sendRest(bytes: Uint8Array, sent: number, length: number): Promise<void> {
     const timeout = this.#timeout;
     const queueing = this.#sendLock.acquire();
     if (queueing) {
