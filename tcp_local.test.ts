@@ -714,15 +714,21 @@ describe("sendAll", () => {
 
   test("sends what a growable buffer held at the call (SharedArrayBuffer)", async () => {
     const { sock, peer, room } = await pairWithRoom(0.05);
-    const buffer = new SharedArrayBuffer(5, { maxByteLength: 10 });
+    const first = new SharedArrayBuffer(5, { maxByteLength: 10 });
+    const second = new SharedArrayBuffer(5, { maxByteLength: 10 });
+    let accepted = 3;
     function growAndAccept(): number {
-      buffer.grow(10); // as a worker may do at any time
-      return 5;
+      first.grow(10); // as a worker may do at any time
+      return accepted;
     }
     Object.defineProperty(room, "bytes", { get: growAndAccept, set() {} });
-    await sock.sendAll(buffer);
+    const sending = [sock.sendAll(first), sock.sendAll(second)];
+    second.grow(10);
+    accepted = 100;
+    room.make(accepted);
+    await Promise.all(sending);
     sock.close();
-    expect(await receivedBy(peer)).toEqual(Buffer.alloc(5));
+    expect(await receivedBy(peer)).toEqual(Buffer.alloc(10));
   });
 
   test("rejects if its buffer is transferred while it is being sent", async () => {
