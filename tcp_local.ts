@@ -28,12 +28,11 @@ export const PORT = 1060;
  * left for the next call. A `length` of 0 reads nothing. A timeout on `sock` applies to each
  * `recv`, not to the whole message.
  *
- * Rejects with an `EOFError` if the stream ends first, and with `recv`'s own error if `recv`
- * rejects. After either error, even if `recv` only timed out, close the connection: the part of the
- * message that did arrive is no longer in the socket. The exception is a call that is refused
- * because another call is receiving. Such a call has lost nothing. Rejects with a `RangeError` if
- * `length` is not a non-negative integer, and with a `TypeError` if `recv` resolves to anything but
- * bytes.
+ * Rejects with a `RangeError` if `length` is not a non-negative integer, and with a `TypeError` if
+ * `recv` resolves to anything but bytes. Rejects with an `EOFError` if the stream ends first, and
+ * with `recv`'s own error if `recv` rejects. After either of these two, even if `recv` only timed
+ * out, close the connection: the part of the message that did arrive is no longer in the socket.
+ * (Only a call that is refused because another call is receiving has lost nothing.)
  *
  * The whole buffer is allocated up front. If `length` comes from the peer, check it against a limit
  * first.
@@ -97,10 +96,11 @@ export async function server(
   port: number = PORT,
   timeout: number = 60,
 ): Promise<TCPSocketListener<Connection>> {
-  const listener = await listen(host, port, serve, timeout); // `serve` is below.
+  const listener = await listen(host, port, serve, timeout);
   const address = new Address(listener.hostname, listener.port);
   console.log(`Listening at ${address}`);
 
+  // Called for each client that connects, and by then `address` has its value.
   async function serve(sc: Connection): Promise<void> {
     console.log(`We have accepted a connection from ${sc.peername}`);
     console.log(`Socket connects ${sc.sockname} and ${sc.peername}`);
@@ -250,14 +250,14 @@ function checkTimeout(timeout: number): void {
   }
 }
 
-/** The longest delay that `setTimeout` supports, in seconds. A longer timeout never expires. */
+/** The longest delay that `setTimeout` supports, in seconds. A longer wait has no timer. */
 const LONGEST_TIMEOUT = 2_147_483;
 
 /**
  * A place where a call waits until a handler reports a change, like Python's `threading.Condition`,
  * but without the lock and for a single waiter.
  *
- * Because `notify` does nothing when nobody is waiting, check the state before waiting and again
+ * `notify` does nothing when nobody is waiting. Check the state before waiting, and again
  * afterwards.
  */
 class Condition {
@@ -300,14 +300,13 @@ class Condition {
 const LARGE_PIECE = 16_384;
 
 /**
- * Frees the memory of `bytes` without waiting for the garbage collector, if nothing else shares
- * that memory. (Each piece that Bun delivers has memory of its own.) The next piece then gets
- * memory that is still in the processor's cache. For a server that exchanges messages of 64 KiB,
- * this cuts processor time by a tenth.
+ * Each piece that Bun delivers has memory of its own. Frees that of `bytes` without waiting for the
+ * garbage collector. The next piece then gets memory that is still in the processor's cache. For a
+ * server that exchanges messages of 64 KiB, this cuts processor time by a tenth.
  */
 function free(bytes: Buffer): void {
   const buffer = bytes.buffer;
-  const isAlone = buffer.byteLength === bytes.length;
+  const isAlone = buffer.byteLength === bytes.length; // no other bytes share the memory
   if (isAlone && buffer instanceof ArrayBuffer) buffer.transfer(0); // detaches the memory
 }
 
@@ -435,7 +434,7 @@ function eventLoopTurn(): Promise<void> {
   return new Promise((resolve) => setImmediate(resolve));
 }
 
-/** Counts the failed call and rejects with `error`: a loop of calls that fail must yield, too. */
+/** Counts the failed call and rejects with `error`: a loop that keeps trying must yield, too. */
 async function rejectInTurn(error: unknown): Promise<never> {
   if (mustYield()) await eventLoopTurn();
   throw error;
@@ -458,21 +457,22 @@ const LINGER_TIME = 4;
  *
  * The table shows what `recv` and `sendAll` do after each event, and what the peer sees as a
  * result. An "end" is the end of a stream. A "broken" connection is one that an error such as
- * `ECONNRESET` has ended. For gaps, see `sendAll`.
+ * `ECONNRESET` has ended. A "gap" means that data is missing from what this side has sent: see
+ * `sendAll`.
  *
  * | after               | `recv`                        | `sendAll`        | the peer sees      |
  * | ------------------- | ----------------------------- | ---------------- | ------------------ |
- * | the peer's end      | gives the rest, then no bytes | sends            |                    |
- * | a broken connection | gives the rest, then rejects  | rejects          |                    |
- * | a timeout, no gap   | receives                      | sends            |                    |
+ * | the peer's end      | gives the rest, then no bytes | sends            | no change          |
+ * | a broken connection | gives the rest, then rejects  | rejects          | no change          |
+ * | a timeout, no gap   | receives                      | sends            | no change          |
  * | a gap               | receives                      | rejects: `EPIPE` | a reset at `close` |
  * | `shutdown`          | receives                      | rejects: `EPIPE` | this side's end    |
  * | `close`             | rejects: `EBADF`              | rejects: `EBADF` | this side's end    |
  * | `abort`             | rejects: `EBADF`              | rejects: `EBADF` | a reset            |
  *
- * If several rows apply, the rows for `close` and `abort` take precedence. After them, the peer's
- * end takes precedence for `recv`, and a broken connection for `sendAll`. Once there is a gap, the
- * peer sees no end: neither `shutdown` nor `close` sends one.
+ * If several rows apply, `close` and `abort` decide what the calls do. Failing those, the peer's
+ * end decides for `recv`, and a broken connection for `sendAll`. Once there is a gap, the peer
+ * never sees an end: neither `shutdown` nor `close` sends one.
  */
 export class Connection {
   /**
@@ -616,6 +616,16 @@ export class Connection {
   }
 
   /**
+   * After a call has settled, but before its caller runs again, other code could call `recv` and
+   * take the rest of the caller's message. To prevent that, `#isReceiving` is cleared as late as
+   * possible. The microtask that clears it is queued immediately before the return and therefore
+   * runs just before the caller's own.
+   */
+  readonly #endReceiving = (): void => {
+    this.#isReceiving = false;
+  };
+
+  /**
    * Resolves to between 1 and `maxLength` bytes as soon as any have arrived, or to an empty buffer
    * at the end of the stream. The buffer belongs to the caller.
    *
@@ -627,8 +637,8 @@ export class Connection {
    * undisturbed. Rejects with a `RangeError` if `maxLength` is not a positive integer.
    */
   recv(maxLength: number): Promise<Buffer> {
-    // An async function here would settle a few microtasks later than `#receive`, when another call
-    // may already be allowed to receive. See `#endReceiving`.
+    // If this were an async function, it would settle a few microtasks after `#receive`, when
+    // `#endReceiving` has already let other calls receive.
     return this.#receive(maxLength);
   }
 
@@ -636,7 +646,7 @@ export class Connection {
    * Like `recv`, but waits for `delimiter`, such as "\r\n", and resolves to everything up to and
    * including its first occurrence. If the first `maxLength` bytes contain no delimiter, resolves
    * to those bytes. If the stream ends before a delimiter, resolves to what is left. A Python file
-   * object's `readline(limit)` does the same.
+   * object's `readline(limit)` does the same with "\n".
    *
    * Check that the result ends with the delimiter. If it does not, the text is too long or was cut
    * off. Do not call again to get the rest: the limit may have fallen inside the delimiter, with
@@ -691,16 +701,6 @@ export class Connection {
   }
 
   /**
-   * After a call has settled, but before its caller runs again, other code could call `recv` and
-   * take the rest of the caller's message. To prevent that, `#isReceiving` is cleared as late as
-   * possible. The microtask that clears it is queued immediately before the return and therefore
-   * runs just before the caller's own.
-   */
-  readonly #endReceiving = (): void => {
-    this.#isReceiving = false;
-  };
-
-  /**
    * Internal: the part of `recvAll` that does not wait. If `length` bytes have arrived, returns
    * them in a buffer of their own. Otherwise, or if the call would have to reject or to yield,
    * returns undefined and takes nothing.
@@ -750,17 +750,21 @@ export class Connection {
    * Concurrent calls send one after another, in the order in which they were made. Time spent
    * waiting for another call does not count towards the timeout.
    *
-   * A call that fails after part of its data was sent leaves a gap in the stream. A call that fails
-   * before it has sent anything leaves a gap if other calls are queued behind it, because their
-   * data would be sent and its own would be missing. (After `shutdown` or `close`, the queued calls
-   * send nothing, and such a call leaves no gap.) Once there is a gap, the queued calls and all
-   * later ones reject with `EPIPE`, and `close` resets the connection, so that the peer cannot
-   * mistake what it has received for the complete stream. Repeating a call that timed out is
-   * therefore safe: if the first call left a gap, the second one rejects.
+   * A call that fails leaves a gap in the stream in two cases:
+   *
+   * - Part of its data was sent.
+   * - None of its data was sent, but other calls are queued behind it. Without its data, theirs
+   *   would be in the wrong place. (After `shutdown` or `close`, the queued calls send nothing, and
+   *   there is no gap.)
+   *
+   * Once there is a gap, the queued calls and all later ones reject with `EPIPE`, and `close`
+   * resets the connection, so that the peer cannot mistake what it has received for the complete
+   * stream. Repeating a call that timed out is therefore safe: if the first call left a gap, the
+   * second one rejects.
    *
    * A gap stays hidden from the peer in two cases: if the process exits without `close` or `abort`,
-   * and after `stop(true)` on the listener. In both cases, the kernel ends the stream as if it were
-   * complete.
+   * and after `stop(true)` on the listener. In both cases, the kernel may end the stream as if it
+   * were complete.
    *
    * Rejects with a `TypeError` if `data` is neither a string nor bytes.
    */
@@ -795,7 +799,7 @@ export class Connection {
       if (mustYield()) await eventLoopTurn();
     }
     try {
-      if (queueing) sent = this.#write(bytes, 0, length);
+      if (queueing) sent = this.#write(bytes, 0, length); // the first attempt
       while (sent < length) {
         this.#isPartway = sent > 0;
         const isNotified = await this.#room.wait(timeout);
@@ -855,7 +859,7 @@ export class Connection {
    * the peer sees a reset instead. Bytes not yet received are discarded, and pending calls reject
    * with `EBADF`. Closing again has no effect.
    *
-   * The connection then lingers: it stays open and discards what arrives until the peer has ended
+   * The socket then lingers: it stays open and discards what arrives until the peer has ended
    * its stream, too. If the socket were closed while the peer was still sending, the kernel would
    * reset the connection, and data on its way to the peer would be lost. After 4 seconds, the
    * socket is closed even if the peer has not ended its stream. Those 4 seconds are long enough for
@@ -937,8 +941,8 @@ export async function connect(
     const isInTime = await settled.wait(timeout);
     if (!isInTime) {
       controller.abort();
-      const cause = new SocketError("ETIMEDOUT");
-      throw toError(`cannot connect to (${repr(host)}, ${port})`, cause);
+      const message = `cannot connect to (${repr(host)}, ${port}): ${REASONS.ETIMEDOUT}`;
+      throw new SocketError("ETIMEDOUT", message);
     }
     return await dialling;
   } catch (error) {
@@ -975,10 +979,12 @@ async function dial(
 }
 
 /**
- * Listens on `host`, over IPv4 only. If `host` is a name, listens on its first address. Calls
- * `serve` for each client that connects, without waiting for the others, and closes the connection
- * when its `serve` is done. `timeout`, in seconds, becomes the timeout of each connection. By
- * default there is no timeout.
+ * Listens on `host`, over IPv4 only. If `host` is a name, listens on its first address. If it is
+ * "0.0.0.0" or empty, listens on all of this machine's addresses.
+ *
+ * Calls `serve` for each client that connects, without waiting for the others, and closes the
+ * connection when its `serve` is done. `timeout`, in seconds, becomes the timeout of each
+ * connection. By default there is no timeout.
  *
  * If `serve` throws, the client's address and the reason go to standard error, and other clients
  * are unaffected. Anything but a `SocketError` or an `EOFError` is treated as a bug and printed
@@ -1079,7 +1085,7 @@ function isByte(text: string): boolean {
   return isDecimal && value >= 0 && value <= 255;
 }
 
-/** Like Python 2's `repr`, shows bytes, or the UTF-8 bytes of a string, in printable ASCII. */
+/** Shows bytes, or the UTF-8 bytes of a string, in printable ASCII, as Python 2's `repr` does. */
 export function repr(bytes: string | Uint8Array): string {
   const text = Buffer.from(bytes).toString("latin1"); // one character for each byte
   const prefersDoubleQuotes = text.includes("'") && !text.includes('"');
