@@ -941,7 +941,7 @@ export async function connect(
     const isInTime = await settled.wait(timeout);
     if (!isInTime) {
       controller.abort();
-      const message = `cannot connect to (${repr(host)}, ${port}): ${REASONS.ETIMEDOUT}`;
+      const message = `cannot connect to (${repr(host)}, ${port}): timed out`;
       throw new SocketError("ETIMEDOUT", message);
     }
     return await dialling;
