@@ -2512,12 +2512,11 @@ describe("the README", () => {
     server.kill("SIGTERM");
     await until("the writer has its goodbye", () => heard() === sent + "Goodbye\n".length);
     writer.end();
-    slow.write("too late\n".repeat(50)); // Its own goodbye is still queued.
+    slow.end("too late\n".repeat(50)); // Its own goodbye is still queued.
     await pollSockets();
     const received = await receivedBy(slow);
     expect(received.length).toBe(sent + "Goodbye\n".length);
     expect(received.toString("latin1", sent)).toBe("Goodbye\n");
-    slow.end();
     expect(await server.exited).toBe(0);
   });
 

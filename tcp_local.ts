@@ -472,7 +472,8 @@ const LINGER_TIME = 4;
  *
  * If several rows apply, `close` and `abort` decide what the calls do. Failing those, the peer's
  * end decides for `recv`, and a broken connection for `sendAll`. Once there is a gap, the peer
- * never sees an end: neither `shutdown` nor `close` sends one.
+ * never sees an end: neither `shutdown` nor `close` sends one. If the peer resets the connection
+ * after its end, only `sendAll` shows it.
  */
 export class Connection {
   /**
