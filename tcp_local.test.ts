@@ -19,6 +19,7 @@
  * | ----------------------------------------------------------- | ------------------------- |
  * | a connection, and its other end                             | `pair()`                  |
  * | the same, and to say how much the kernel accepts            | `pairWithRoom()`          |
+ * | a connection, and to play Bun's events itself               | `fakePair()`              |
  * | a fake server, for `connect` or the client                  | `peerServer()`            |
  * | a fake client, for `listen` or the server                   | `peerClient(port)`        |
  * | a server that runs a `serve` of the test                    | `serving(serve)`          |
@@ -385,6 +386,20 @@ describe("recv", () => {
     },
   );
 
+  test("frees a large piece once it is taken, and no memory that other bytes share (leak)", async () => {
+    // The socket is a fake, because Bun gives each piece memory of its own.
+    const { sock, socket } = fakePair();
+    const alone = Buffer.from(new ArrayBuffer(50_000));
+    const shared = Buffer.from(new ArrayBuffer(100_000), 0, 50_000);
+    for (const piece of [alone, shared]) {
+      void Connection.handlers.data?.(socket, piece);
+      await sock.recv(1);
+      await sock.recv(49_999);
+    }
+    expect(alone.buffer.byteLength).toBe(0);
+    expect(shared.buffer.byteLength).toBe(100_000);
+  });
+
   test("resolves to no bytes, as at the end of the stream, when the peer's process is killed", async () => {
     const isConnected = Promise.withResolvers<void>();
     const received = Promise.withResolvers<Buffer>();
@@ -600,9 +615,7 @@ describe("for await", () => {
 
   test("yields at most 64 KiB at a time, even if more has arrived", async () => {
     // The socket is a fake, because a kernel with small buffers never delivers so much at once.
-    const socket = { setKeepAlive() {}, pause() {} } as unknown as Socket<Connection>;
-    const sock = new Connection(socket, Infinity);
-    socket.data = sock;
+    const { sock, socket } = fakePair();
     void Connection.handlers.data?.(socket, Buffer.alloc(100_000));
     for await (const bytes of sock) {
       expect(bytes).toHaveLength(65_536);
@@ -843,7 +856,7 @@ describe("an interrupted sendAll", () => {
     expect(ending).toBe("ECONNRESET");
   });
 
-  test("ends with a reset if close cuts it off", async () => {
+  test("ends with a reset if close cuts it off (truncated)", async () => {
     const { sock, peer } = await pair();
     const sending = failure(sock.sendAll(TOO_MUCH));
     const reading = streamTo(peer);
@@ -863,21 +876,18 @@ describe("an interrupted sendAll", () => {
     { sent: "h", ending: "ECONNRESET" },
     { sent: "hell", ending: "ECONNRESET" },
   ];
-  describe.each(failures)("because of $by,", ({ code, stop }) => {
-    test.each(parts)(
-      "after '$sent' of 'hello' (truncated): the peer sees $ending",
-      async (part) => {
-        const { sock, peer, room } = await pairWithRoom(0.05);
-        const reading = streamTo(peer);
-        room.bytes = part.sent.length;
-        const sending = failure(sock.sendAll("hello"));
-        await pollSockets(); // What was sent has arrived.
-        stop(sock);
-        expect(await sending).toMatchObject({ code });
-        sock.close();
-        expect(await reading).toEqual({ received: Buffer.from(part.sent), ending: part.ending });
-      },
-    );
+  describe.each(failures)("because of $by (truncated),", ({ code, stop }) => {
+    test.each(parts)("after '$sent' of 'hello': the peer sees $ending", async (part) => {
+      const { sock, peer, room } = await pairWithRoom(0.05);
+      const reading = streamTo(peer);
+      room.bytes = part.sent.length;
+      const sending = failure(sock.sendAll("hello"));
+      await pollSockets(); // What was sent has arrived.
+      stop(sock);
+      expect(await sending).toMatchObject({ code });
+      sock.close();
+      expect(await reading).toEqual({ received: Buffer.from(part.sent), ending: part.ending });
+    });
   });
 
   test("leaves the stream intact if no byte was sent, and a later one goes out", async () => {
@@ -1187,7 +1197,7 @@ describe("abort", () => {
   });
 
   test.each(["shutdown", "close"] as const)(
-    "also ends a connection at once after %s (which lingers after a close)",
+    "resets a connection at once, even after %s (lingering)",
     async (name) => {
       const { sock, peer } = await pair();
       await sock.sendAll("hello");
@@ -1504,9 +1514,7 @@ describe("a connection", () => {
   test("rejects with EHOSTUNREACH when keep-alive finds that the peer has vanished (half-open)", async () => {
     // Keep-alive takes over a minute. The socket is a fake, and the test calls the handler as Bun
     // would.
-    const socket = { setKeepAlive() {}, resume() {} } as unknown as Socket<Connection>;
-    const sock = new Connection(socket, Infinity);
-    socket.data = sock;
+    const { sock, socket } = fakePair();
     const receiving = failure(sock.recv(1));
     const error = Object.assign(new Error("what Bun says of it"), { code: "ETIMEDOUT" });
     void Connection.handlers.close?.(socket, error);
@@ -2642,6 +2650,14 @@ async function pair(timeout = 10): Promise<{ sock: Connection; peer: net.Socket 
   return { sock, peer };
 }
 
+/** A connection whose socket is a fake. The test calls `Connection.handlers` as Bun would. */
+function fakePair(): { sock: Connection; socket: Socket<Connection> } {
+  const socket = { setKeepAlive() {}, pause() {}, resume() {} } as unknown as Socket<Connection>;
+  const sock = new Connection(socket, Infinity);
+  socket.data = sock;
+  return { sock, socket };
+}
+
 /** How much the kernel accepts of what a connection sends. At first, it accepts nothing. */
 interface Room {
   /** How many more bytes it accepts. A test may assign to it, and Bun does not report that room. */
@@ -3119,15 +3135,17 @@ function countDescriptors(pid: number): number {
  * 2. Add it to `BlockingSocket`: what it promises. One that waits for bytes calls `receive` with a
  *    function that says how many of the unread bytes are the result, or 0 if it has to wait. They
  *    are then taken. For a method that leaves them, `Reader` needs a flag that `settleReader` reads
- *    in both places where it takes bytes. For a result that is not the bytes, it needs a function
- *    that shows the result, for the same two places.
+ *    in both places where it takes bytes. (The second matters for a method that may wait although
+ *    bytes are there.) For a result that is not the bytes, it needs a function that shows the
+ *    result, for the same two places.
  * 3. Add it to `Caller`, which calls the method itself. `RealConnection` inherits it.
  * 4. Add it to `SimulatedConnection`, which passes the call on to its `Caller`.
  * 5. Add it to the other tests that list methods. The test that "prints its addresses and its
  *    methods" fails without it. These do not notice if it is missing: "yields to the event loop at
  *    every 64th", "throws an error whose stack leads to the caller of", "refuses a second reader",
- *    "refuses other readers" (whose rounds suppose that the bytes are taken, and are the result),
- *    "rejects a maxLength of" and "makes pending calls reject" (where each call that receives needs
+ *    "refuses other readers" (whose rounds suppose that the bytes are taken, and are the result:
+ *    for one that leaves them, give its row a flag, and take them with one more `recv`), "rejects a
+ *    maxLength of" and "makes pending calls reject" (where each call that receives needs
  *    a connection of its own).
  * 6. If it has a section of its own, name the section in the list at the top of this file.
  *
@@ -3373,8 +3391,8 @@ type Ending = "nothing" | "an end" | "a reset";
 /**
  * The kernel and the peer, and when Bun looks at them. The model and the simulated connection both
  * inherit this, so comparing them does not reveal a mistake in it. The runs on real sockets reveal
- * one in `isReading`. The tests of `sendAll` reveal one in `isRoomReported`: in the runs on real
- * sockets, a kernel that is full never has room again.
+ * one in `isReading`. Only the tests of `sendAll` reveal one in `isRoomReported`, because in the
+ * runs on real sockets a full kernel never gets room again.
  */
 class Network {
   /** What has arrived in the kernel, and Bun has not read. */
@@ -3480,7 +3498,7 @@ class BlockingSocket extends Network {
   unread = "";
   /** The call that waits to receive. There can only be one. */
   reader: Reader | undefined;
-  /** Whether a call that receives waits, or has settled but its caller has not resumed yet. */
+  /** Whether a call that receives is pending. It stays pending until its caller resumes. */
   isReaderBusy = false;
   /** The calls of `sendAll` that wait, in their order. Only the first of them sends. */
   writers: Writer[] = [];
