@@ -19,7 +19,7 @@
  * | ----------------------------------------------------------- | ------------------------- |
  * | a connection, and its other end                             | `pair()`                  |
  * | the same, and to say how much the kernel accepts            | `pairWithRoom()`          |
- * | a connection, and to play Bun's events itself               | `fakePair()`              |
+ * | a connection, and to play Bun's events itself               | `fakeConnection()`        |
  * | a fake server, for `connect` or the client                  | `peerServer()`            |
  * | a fake client, for `listen` or the server                   | `peerClient(port)`        |
  * | a server that runs a `serve` of the test                    | `serving(serve)`          |
@@ -338,8 +338,9 @@ describe("recv", () => {
       expect(String(await sock.recv(1))).toBe("H"); // The rest has arrived, too.
       const first = recvAll(sock, 15);
       for (let i = 0; i < count; i += 1) await null;
-      const seconds = [recvAll(sock, 15), sock.recv(1), sock.recvUntil("\n", 9)];
-      for (const error of await Promise.all(seconds.map(failure))) {
+      const others = [recvAll(sock, 15), sock.recv(1), sock.recvUntil("\n", 9)];
+      const errors = await Promise.all(others.map(failure));
+      for (const error of errors) {
         expect(error).toMatchObject({
           name: "Error",
           message: "recv called while another recv is pending",
@@ -388,7 +389,7 @@ describe("recv", () => {
 
   test("frees a large piece once it is taken, and no memory that other bytes share (leak)", async () => {
     // The socket is a fake, because Bun gives each piece memory of its own.
-    const { sock, socket } = fakePair();
+    const { sock, socket } = fakeConnection();
     const alone = Buffer.from(new ArrayBuffer(50_000));
     const shared = Buffer.from(new ArrayBuffer(100_000), 0, 50_000);
     for (const piece of [alone, shared]) {
@@ -615,7 +616,7 @@ describe("for await", () => {
 
   test("yields at most 64 KiB at a time, even if more has arrived", async () => {
     // The socket is a fake, because a kernel with small buffers never delivers so much at once.
-    const { sock, socket } = fakePair();
+    const { sock, socket } = fakeConnection();
     void Connection.handlers.data?.(socket, Buffer.alloc(100_000));
     for await (const bytes of sock) {
       expect(bytes).toHaveLength(65_536);
@@ -833,7 +834,8 @@ describe("sendAll", () => {
     const second = failure(sock.sendAll("world"));
     room.bytes = 1;
     expect(await second).toMatchObject({ code: "ETIMEDOUT" });
-    expect(performance.now() - start).toBeGreaterThan(90); // The byte that was accepted restarted the timeout.
+    // The byte that was accepted restarted the timeout.
+    expect(performance.now() - start).toBeGreaterThan(90);
     await until("the peer has received what was sent", () => peer.bytesRead === 6);
   });
 });
@@ -1514,7 +1516,7 @@ describe("a connection", () => {
   test("rejects with EHOSTUNREACH when keep-alive finds that the peer has vanished (half-open)", async () => {
     // Keep-alive takes over a minute. The socket is a fake, and the test calls the handler as Bun
     // would.
-    const { sock, socket } = fakePair();
+    const { sock, socket } = fakeConnection();
     const receiving = failure(sock.recv(1));
     const error = Object.assign(new Error("what Bun says of it"), { code: "ETIMEDOUT" });
     void Connection.handlers.close?.(socket, error);
@@ -2651,7 +2653,7 @@ async function pair(timeout = 10): Promise<{ sock: Connection; peer: net.Socket 
 }
 
 /** A connection whose socket is a fake. The test calls `Connection.handlers` as Bun would. */
-function fakePair(): { sock: Connection; socket: Socket<Connection> } {
+function fakeConnection(): { sock: Connection; socket: Socket<Connection> } {
   const socket = { setKeepAlive() {}, pause() {}, resume() {} } as unknown as Socket<Connection>;
   const sock = new Connection(socket, Infinity);
   socket.data = sock;
@@ -2829,8 +2831,8 @@ function transcript(host: string, port: number, client: string, message: string)
 }
 
 /**
- * What `promise` rejects with, within 10 seconds. Give it a promise at once that may reject before
- * it is awaited.
+ * What `promise` rejects with, within 10 seconds. If it may reject while the test awaits something
+ * else, call this first: it handles the rejection.
  */
 async function failure(promise: Promise<unknown>): Promise<unknown> {
   const deadline = Bun.sleep(10_000).then(() => "is still pending after 10 seconds");
@@ -2856,8 +2858,9 @@ async function pollSockets(): Promise<void> {
 async function until(words: string, condition: () => boolean): Promise<void> {
   const deadline = performance.now() + 10_000;
   while (!condition()) {
-    if (performance.now() > deadline)
+    if (performance.now() > deadline) {
       throw new Error(`gave up after 10 seconds of waiting until ${words}`);
+    }
     await pollSockets();
   }
 }
@@ -3025,7 +3028,7 @@ function onFreePort(script: string): string {
   return `${listening}\nconsole.log(listener.port);\n`;
 }
 
-/** The README's chat in a process of its own, with 100 lines queued for a client that is `slow`. */
+/** The README's chat in a process of its own. `slow` does not read: 100 lines are queued for it. */
 async function chatWithQueue() {
   const chat = onFreePort(readmeBlock("### Many clients", "ts"));
   const stop = readmeBlock("### Stop on SIGTERM", "ts");
@@ -3049,7 +3052,8 @@ async function chatWithQueue() {
     sent += lines.length;
     await until("the writer has its own lines", () => heard === sent);
     server.kill("SIGUSR2");
-    queued = Number((await out.next()).value);
+    const line = await out.next();
+    queued = Number(line.value);
   }
   return { server, slow, writer, sent, heard: () => heard };
 }
@@ -3126,8 +3130,8 @@ function countDescriptors(pid: number): number {
  *      got the peer sees "A" and then an end
  *     want the peer sees "A" and then nothing
  *
- * To add a method to `Connection`, write it in the program first. (If it receives, it must return the
- * promise of `#receive` itself. A `then` or an `async` would settle too late.) Then:
+ * To add a method to `Connection`, write it in the program first. (If it receives, it must return
+ * the promise of `#receive` itself. A `then` or an `async` would settle too late.) Then:
  *
  * 1. Add its name to `RECEIVING_MOVES` or `SENDING_MOVES`. It is then part of every sequence, and
  *    `bun check` names the classes below that lack it. (It names `RealConnection` until `Caller` has
@@ -3622,7 +3626,7 @@ class BlockingSocket extends Network {
     const readerBefore = this.reader;
     const unreadBefore = this.unread;
     const sentBefore = this.sent;
-    const isWriting = this.writers.length > 0; // A call that gets its turn only now has its own time.
+    const isWriting = this.writers.length > 0; // A call whose turn comes only now has its own time.
     this.turn(); // What has arrived counts, even if the timers fire first.
     const isReaderLate = this.reader === readerBefore && this.unread === unreadBefore;
     if (isReaderLate) this.timeOutReader();
@@ -3902,7 +3906,7 @@ class SimulatedConnection extends Network {
     drainMicrotasks();
     this.poll();
     this.clock.pass(0);
-    const { immediates } = this;
+    const immediates = this.immediates;
     this.immediates = [];
     for (const callback of immediates) callback();
     drainMicrotasks();

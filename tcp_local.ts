@@ -100,7 +100,7 @@ export async function server(
   const address = new Address(listener.hostname, listener.port);
   console.log(`Listening at ${address}`);
 
-  // Called for each client that connects, and by then `address` has its value.
+  // This is called when a client connects. By then, `address` has its value.
   async function serve(sc: Connection): Promise<void> {
     console.log(`We have accepted a connection from ${sc.peername}`);
     console.log(`Socket connects ${sc.sockname} and ${sc.peername}`);
@@ -144,7 +144,7 @@ export async function main(args: string[]): Promise<number> {
     }
     return 0;
   } catch (error) {
-    const { message } = error as Error;
+    const message = (error as Error).message;
     console.error(`tcp_local.ts: ${message}`);
     return 1;
   }
@@ -224,7 +224,7 @@ function fillIn(blank: SocketError, error: unknown): unknown {
   return Object.assign(blank, { code: error.code, message: error.message, cause: error.cause });
 }
 
-/** The address of one end of a connection. Prints like a Python tuple. */
+/** The address of one end of a connection. As a string, it looks like a Python tuple. */
 class Address {
   readonly host: string;
   readonly port: number;
@@ -800,7 +800,7 @@ export class Connection {
       if (mustYield()) await eventLoopTurn();
     }
     try {
-      if (queueing) sent = this.#write(bytes, 0, length); // the first attempt
+      if (queueing) sent += this.#write(bytes, sent, length - sent); // the first attempt
       while (sent < length) {
         this.#isPartway = sent > 0;
         const isNotified = await this.#room.wait(timeout);
@@ -860,13 +860,13 @@ export class Connection {
    * the peer sees a reset instead. Bytes not yet received are discarded, and pending calls reject
    * with `EBADF`. Closing again has no effect.
    *
-   * The socket then lingers: it stays open and discards what arrives until the peer has ended
-   * its stream, too. If the socket were closed while the peer was still sending, the kernel would
-   * reset the connection, and data on its way to the peer would be lost. After 4 seconds, the
-   * socket is closed even if the peer has not ended its stream. Those 4 seconds are long enough for
-   * a peer that is still sending to read this side's reply, but too short for silent peers to pile
-   * up. (A peer that sends anything after that sees a reset.) A lingering connection keeps the
-   * process alive.
+   * The socket then lingers: it stays open and discards what arrives until the peer has ended its
+   * stream, too. If the socket were closed while the peer was still sending, the kernel would reset
+   * the connection, and data on its way to the peer would be lost. After 4 seconds, the socket is
+   * closed even if the peer has not ended its stream. Those 4 seconds are long enough for a peer
+   * that is still sending to read this side's reply, but too short for silent peers to pile up. (A
+   * peer that sends anything after that sees a reset.) A lingering connection keeps the process
+   * alive.
    */
   close(): void {
     if (this.#hasClosed) return;
