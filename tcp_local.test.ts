@@ -1222,7 +1222,7 @@ describe("timeout", () => {
   });
 
   test("starts again with every byte that is received or sent", async () => {
-    const timeout = 0.6;
+    const timeout = 0.4;
     async function receiveAll(): Promise<void> {
       const { sock, peer } = await pair(timeout);
       const receiving = recvAll(sock, 6);
@@ -2541,14 +2541,14 @@ describe("the README", () => {
 });
 
 describe.skipIf(!HAS_PROC)("under load", () => {
-  test("a server does not hold the 64 MiB that follow a message", async () => {
+  test("a server does not hold the 32 MiB that follow a message", async () => {
     const { server, port } = await spawnServer(SERVER);
     await exchange(port);
     const before = peakMemory(server.pid);
     for (const length of [15, 16, 17]) {
       const { peer: flood } = await peerClient(port);
       flood.write(Buffer.alloc(length));
-      flood.end(Buffer.alloc(64 * MiB));
+      flood.end(Buffer.alloc(32 * MiB));
       await once(flood, "finish"); // The server has discarded it.
       expect(String(await receivedBy(flood))).toBe("Farewell, client");
       flood.destroy();
@@ -2719,15 +2719,15 @@ async function peerClient(port: number): Promise<{ peer: net.Socket; name: strin
   return { peer, name: `('127.0.0.1', ${peer.localPort})` };
 }
 
-/** Writes a byte every eighth of a second. */
+/** Writes a byte every tenth of a second. */
 async function writeSlowly(peer: net.Socket, text: string): Promise<void> {
   for (const byte of Buffer.from(text)) {
-    await Bun.sleep(125);
+    await Bun.sleep(100);
     peer.write(Buffer.of(byte));
   }
 }
 
-/** Reads until `sending` is done, and pauses for an eighth of a second now and then, six times. */
+/** Reads until `sending` is done, and pauses for a tenth of a second now and then, six times. */
 async function readSlowly(peer: net.Socket, sending: Promise<void>): Promise<void> {
   let received = 0;
   let pauses = 0;
@@ -2736,7 +2736,7 @@ async function readSlowly(peer: net.Socket, sending: Promise<void>): Promise<voi
     const isPauseDue = pauses < 6 && received > pauses * 4 * MiB;
     if (!isPauseDue) return;
     pauses += 1;
-    await Bun.sleep(125);
+    await Bun.sleep(100);
   });
 }
 

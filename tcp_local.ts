@@ -28,11 +28,12 @@ export const PORT = 1060;
  * left for the next call. A `length` of 0 reads nothing. A timeout on `sock` applies to each
  * `recv`, not to the whole message.
  *
- * Rejects with a `RangeError` if `length` is not a non-negative integer, and with a `TypeError` if
- * `recv` resolves to anything but bytes. Rejects with an `EOFError` if the stream ends first, and
- * with `recv`'s own error if `recv` rejects. After either of these two, even if `recv` only timed
- * out, close the connection: the part of the message that did arrive is no longer in the socket.
- * (Only a call that is refused because another call is receiving has lost nothing.)
+ * Rejects with an `EOFError` if the stream ends first, and with `recv`'s own error if `recv`
+ * rejects. After an `EOFError` or an error from `recv`, even a timeout, close the connection: the
+ * part of the message that has arrived can no longer be received. (There is one exception: a call
+ * that was refused because another call was receiving has taken nothing.) Rejects with a
+ * `RangeError` if `length` is not a non-negative integer, and with a `TypeError` if `recv` resolves
+ * to anything but bytes.
  *
  * The whole buffer is allocated up front. If `length` comes from the peer, check it against a limit
  * first.
@@ -86,10 +87,9 @@ export class EOFError extends Error {
 }
 
 /**
- * Answers every client that connects to `host` and prints what the Python program prints. `sc` and
- * `message` keep their names from that program. Unlike that program, this server handles clients
- * concurrently and keeps running when one of them fails. A client that stays silent for `timeout`
- * seconds is disconnected. Resolves to Bun's listener.
+ * Answers every client that connects to `host` and prints what the Python program prints. Unlike
+ * that program, this server handles clients concurrently and keeps running when one of them fails.
+ * A client that stays silent for `timeout` seconds is disconnected. Resolves to Bun's listener.
  */
 export async function server(
   host: string,
@@ -100,7 +100,8 @@ export async function server(
   const address = new Address(listener.hostname, listener.port);
   console.log(`Listening at ${address}`);
 
-  // This is called when a client connects. By then, `address` has its value.
+  // This is called when a client connects. By then, `address` has its value. (`sc` and `message`
+  // have the same names in the Python program.)
   async function serve(sc: Connection): Promise<void> {
     console.log(`We have accepted a connection from ${sc.peername}`);
     console.log(`Socket connects ${sc.sockname} and ${sc.peername}`);
@@ -115,7 +116,10 @@ export async function server(
   return listener;
 }
 
-/** Exchanges one message with the server at `host` and prints what the Python program prints. */
+/**
+ * Sends a message to the server at `host`, receives the reply, and prints what the Python program
+ * prints.
+ */
 export async function client(
   host: string,
   port: number = PORT,
@@ -180,8 +184,8 @@ const REASONS: Record<string, string> = {
  * - `EHOSTUNREACH`: The peer has vanished or can no longer be reached.
  * - `EBADF`: This side has called `close` or `abort`.
  * - `ECONNABORTED`: The connection was cut off on this side, by `stop(true)` on Bun's listener or
- *   by the system (with `ss -K`, for example). After `shutdown`, Bun reports a cut-off in the same
- *   way as the end of the peer's stream, and `recv` resolves to an empty buffer.
+ *   by the system (with `ss -K`, for example). If `shutdown` was called before `stop(true)`, Bun
+ *   reports the end of the peer's stream instead, and `recv` resolves to an empty buffer.
  *
  * Other codes, such as `EADDRINUSE`, come from the system or from Bun. If `connect` or `listen`
  * fails and Bun gives no code, `code` is empty.
@@ -217,7 +221,7 @@ function toError(summary: string, cause: unknown): unknown {
  * waiting. That list omits a module that waits at its top level, which is where `connect` and
  * `listen` are usually called. For this reason, `connect` and `listen` create a blank error before
  * their first `await` and fill it in if they fail. An uncaught error then points to the line that
- * called them.
+ * called them. (The methods of a connection are called too often to create an error each time.)
  */
 function fillIn(blank: SocketError, error: unknown): unknown {
   if (!(error instanceof SocketError)) return error;
@@ -285,7 +289,7 @@ class Condition {
   #onTimer(): void {
     // If the process was busy, the timer may fire before Bun has read bytes that arrived in time.
     // One more turn of the event loop gives `notify` a chance to come first. A timer of 0 seconds
-    // waits for that turn.
+    // provides that turn and, unlike `setImmediate`, can be cancelled like the first timer.
     this.#timer = setTimeout(() => this.#endWait(false), 0);
   }
 
@@ -306,7 +310,7 @@ const LARGE_PIECE = 16_384;
  */
 function free(bytes: Buffer): void {
   const buffer = bytes.buffer;
-  const isAlone = buffer.byteLength === bytes.length; // no other bytes share the memory
+  const isAlone = buffer.byteLength === bytes.length; // Other bytes in the memory would be lost.
   if (isAlone && buffer instanceof ArrayBuffer) buffer.transfer(0); // detaches the memory
 }
 
@@ -323,7 +327,7 @@ class ReceiveBuffer {
     return this.#bytes.length - this.#taken;
   }
 
-  /** Adds `bytes` at the end. If the buffer is empty, keeps `bytes` itself, not a copy. */
+  /** Appends `bytes`. If the buffer is empty, keeps `bytes` itself, not a copy. */
   add(bytes: Buffer): void {
     const isEmpty = this.length === 0;
     this.#bytes = isEmpty ? bytes : Buffer.concat([this.#bytes.subarray(this.#taken), bytes]);
@@ -359,7 +363,7 @@ class ReceiveBuffer {
     return first;
   }
 
-  /** Gives memory back if less than half of it is still needed. */
+  /** Releases memory if less than half of it is still needed. */
   compact(): void {
     if (this.length >= this.#bytes.length / 2) return;
     this.#bytes = Buffer.copyBytesFrom(this.#bytes, this.#taken);
@@ -417,16 +421,16 @@ class Lock {
 const CALLS_PER_TURN = 64;
 let callsLeft = CALLS_PER_TURN; // across all connections
 
-/** Counts a call and returns whether it has to yield: see `CALLS_PER_TURN`. */
-function mustYield(): boolean {
+/** Counts a call. Returns whether that call must yield to the event loop. */
+function countCall(): boolean {
   callsLeft -= 1;
   if (callsLeft > 0) return false;
   callsLeft = CALLS_PER_TURN;
   return true;
 }
 
-/** Whether `mustYield` would return true, without counting a call. */
-function wouldYield(): boolean {
+/** Whether the next call that is counted must yield. */
+function mustNextCallYield(): boolean {
   return callsLeft === 1;
 }
 
@@ -436,7 +440,8 @@ function eventLoopTurn(): Promise<void> {
 
 /** Counts the failed call and rejects with `error`: a loop that keeps trying must yield, too. */
 async function rejectInTurn(error: unknown): Promise<never> {
-  if (mustYield()) await eventLoopTurn();
+  const mustYield = countCall();
+  if (mustYield) await eventLoopTurn();
   throw error;
 }
 
@@ -445,8 +450,8 @@ const LINGER_TIME = 4;
 
 /**
  * A TCP connection with the methods of a blocking socket: await `recv` and `sendAll` where Python's
- * `recv` and `sendall` block. When they fail, they reject with a `SocketError`, whose documentation
- * lists the codes.
+ * `recv` and `sendall` block. If the connection fails, they reject with a `SocketError`, whose
+ * documentation lists the codes.
  *
  * An open connection keeps the process alive. To have it closed automatically, declare it with
  * `using`:
@@ -470,10 +475,10 @@ const LINGER_TIME = 4;
  * | `close`             | rejects: `EBADF`              | rejects: `EBADF` | this side's end    |
  * | `abort`             | rejects: `EBADF`              | rejects: `EBADF` | a reset            |
  *
- * If several rows apply, `close` and `abort` decide what the calls do. Failing those, the peer's
- * end decides for `recv`, and a broken connection for `sendAll`. Once there is a gap, the peer
- * never sees an end: neither `shutdown` nor `close` sends one. If the peer resets the connection
- * after its end, only `sendAll` shows it.
+ * If several rows apply, the rows for `close` and `abort` take precedence. Otherwise, `recv`
+ * follows the row for the peer's end, and `sendAll` the row for a broken connection. Once there is
+ * a gap, the peer never sees an end: neither `shutdown` nor `close` sends one. If the peer resets
+ * the connection after its end, only `sendAll` reports it.
  */
 export class Connection {
   /**
@@ -509,9 +514,9 @@ export class Connection {
    * code.
    */
   #isDisconnected = false;
-  /** Notified when `recv` may go on: bytes, the end of the stream, or an error has arrived. */
+  /** Notified when `recv` can proceed: bytes, the end of the stream, or an error has arrived. */
   readonly #arrival = new Condition();
-  /** Notified when `sendAll` may go on: the kernel has room again, or there is an error. */
+  /** Notified when `sendAll` can proceed: the kernel has room again, or there is an error. */
   readonly #room = new Condition();
   #lingerTimer: ReturnType<typeof setTimeout> | undefined;
 
@@ -617,10 +622,9 @@ export class Connection {
   }
 
   /**
-   * After a call has settled, but before its caller runs again, other code could call `recv` and
-   * take the rest of the caller's message. To prevent that, `#isReceiving` is cleared as late as
-   * possible. The microtask that clears it is queued immediately before the return and therefore
-   * runs just before the caller's own.
+   * Lets other calls receive. This runs as late as possible, in a microtask that a call queues
+   * immediately before it returns, and therefore just before its caller goes on. If it ran earlier,
+   * other code could call `recv` first and take the rest of the caller's message.
    */
   readonly #endReceiving = (): void => {
     this.#isReceiving = false;
@@ -638,8 +642,6 @@ export class Connection {
    * undisturbed. Rejects with a `RangeError` if `maxLength` is not a positive integer.
    */
   recv(maxLength: number): Promise<Buffer> {
-    // If this were an async function, it would settle a few microtasks after `#receive`, when
-    // `#endReceiving` has already let other calls receive.
     return this.#receive(maxLength);
   }
 
@@ -666,7 +668,13 @@ export class Connection {
     return this.#receive(maxLength, { delimiter });
   }
 
-  /** `until` wraps the delimiter, so that an undefined delimiter causes a `TypeError`. */
+  /**
+   * `recv` and `recvUntil` return this promise itself. If they were async functions, they would
+   * settle a few microtasks later, and `#endReceiving` would come too early.
+   *
+   * `until` is an object because `recvUntil(undefined, 99)` must reject with a `TypeError`. If it
+   * were the delimiter itself, such a call would be an ordinary `recv`.
+   */
   async #receive(maxLength: number, until?: { delimiter: string | Uint8Array }): Promise<Buffer> {
     if (!Number.isInteger(maxLength) || maxLength < 1) {
       throw new RangeError(`maxLength must be a positive integer, not ${maxLength}`);
@@ -696,7 +704,8 @@ export class Connection {
       }
       return this.#unread.take(length);
     } finally {
-      if (mustYield()) await eventLoopTurn();
+      const mustYield = countCall();
+      if (mustYield) await eventLoopTurn();
       queueMicrotask(this.#endReceiving);
     }
   }
@@ -710,8 +719,8 @@ export class Connection {
     // A program may have replaced `recv`, for example to count bytes.
     if (this.recv !== Connection.prototype.recv) return undefined;
     const hasArrived = Number.isInteger(length) && length > 0 && length <= this.#unread.length;
-    if (!hasArrived || this.#isReceiving || wouldYield()) return undefined;
-    callsLeft -= 1;
+    if (!hasArrived || this.#isReceiving || mustNextCallYield()) return undefined;
+    countCall();
     // Like any other call, this one is pending until its caller runs again: see `#endReceiving`.
     this.#isReceiving = true;
     queueMicrotask(this.#endReceiving);
@@ -754,17 +763,17 @@ export class Connection {
    * A call that fails leaves a gap in the stream in two cases:
    *
    * - Part of its data was sent.
-   * - None of its data was sent, but other calls are queued behind it. Without its data, theirs
-   *   would be in the wrong place. (After `shutdown` or `close`, the queued calls send nothing, and
-   *   there is no gap.)
+   * - None of its data was sent, but other calls are queued behind it. If those still sent their
+   *   data, the peer could not tell that something is missing before it. (After `shutdown` or
+   *   `close`, they send nothing, and there is no gap.)
    *
    * Once there is a gap, the queued calls and all later ones reject with `EPIPE`, and `close`
    * resets the connection, so that the peer cannot mistake what it has received for the complete
    * stream. Repeating a call that timed out is therefore safe: if the first call left a gap, the
    * second one rejects.
    *
-   * A gap stays hidden from the peer in two cases: if the process exits without `close` or `abort`,
-   * and after `stop(true)` on the listener. In both cases, the kernel may end the stream as if it
+   * The peer does not learn of a gap if the process exits without `close` or `abort`, or if
+   * `stop(true)` is called on the listener. In both cases, the kernel may end the stream as if it
    * were complete.
    *
    * Rejects with a `TypeError` if `data` is neither a string nor bytes.
@@ -783,8 +792,8 @@ export class Connection {
       const sent = this.#write(bytes, 0, length);
       if (sent < length) return this.#sendRest(bytes, sent, length);
       // Yield only after sending, so that the data leaves in the same turn as the call.
-      if (mustYield()) return eventLoopTurn();
-      return Promise.resolve();
+      const mustYield = countCall();
+      return mustYield ? eventLoopTurn() : Promise.resolve();
     } catch (error) {
       return rejectInTurn(error);
     }
@@ -797,7 +806,8 @@ export class Connection {
     if (queueing) {
       await queueing;
       // Without this, a long queue would be sent in a single turn of the event loop.
-      if (mustYield()) await eventLoopTurn();
+      const mustYield = countCall();
+      if (mustYield) await eventLoopTurn();
     }
     try {
       if (queueing) sent += this.#write(bytes, sent, length - sent); // the first attempt
@@ -841,7 +851,7 @@ export class Connection {
   /**
    * Closes only the sending side (a half-close), like Python's `shutdown(SHUT_WR)`. The peer
    * receives everything that was sent, and then the end of the stream. This side can still receive.
-   * A `sendAll` that is pending or called later rejects with `EPIPE`.
+   * A `sendAll` that is still waiting, or that is called later, rejects with `EPIPE`.
    *
    * If the stream has a gap (see `sendAll`), or if `shutdown` interrupts a `sendAll` partway, the
    * peer sees no end. Instead, it sees a reset when the connection is closed. Calling `shutdown`
@@ -857,16 +867,16 @@ export class Connection {
   /**
    * Closes the connection. The peer receives everything that was sent, and then the end of the
    * stream. If the stream has a gap (see `sendAll`), or if `close` interrupts a `sendAll` partway,
-   * the peer sees a reset instead. Bytes not yet received are discarded, and pending calls reject
-   * with `EBADF`. Closing again has no effect.
+   * the peer sees a reset instead. Bytes not yet received are discarded, and calls that are still
+   * waiting reject with `EBADF`. Closing again has no effect.
    *
    * The socket then lingers: it stays open and discards what arrives until the peer has ended its
-   * stream, too. If the socket were closed while the peer was still sending, the kernel would reset
-   * the connection, and data on its way to the peer would be lost. After 4 seconds, the socket is
-   * closed even if the peer has not ended its stream. Those 4 seconds are long enough for a peer
-   * that is still sending to read this side's reply, but too short for silent peers to pile up. (A
-   * peer that sends anything after that sees a reset.) A lingering connection keeps the process
-   * alive.
+   * stream, too. (This is not what `SO_LINGER` does.) If the socket were closed while the peer was
+   * still sending, the kernel would reset the connection, and data on its way to the peer would be
+   * lost. After 4 seconds, the socket is closed even if the peer has not ended its stream. Those 4
+   * seconds are long enough for a peer that is still sending to read this side's reply, but too
+   * short for silent peers to pile up. (A peer that sends anything after that sees a reset.) A
+   * lingering connection keeps the process alive.
    */
   close(): void {
     if (this.#hasClosed) return;
@@ -887,9 +897,9 @@ export class Connection {
 
   /**
    * Closes the connection immediately, with a reset, which tells the peer that the stream is
-   * incomplete. Data on its way to the peer is lost, and pending calls reject with `EBADF`. After
-   * `close`, `abort` ends a connection that is still lingering. (An end that the peer has already
-   * seen cannot be taken back.)
+   * incomplete. Data on its way to the peer is lost, and calls that are still waiting reject with
+   * `EBADF`. After `close`, `abort` ends a connection that is still lingering. (An end that the
+   * peer has already seen cannot be taken back.)
    */
   abort(): void {
     this.#hasAborted = true; // so that `close` resets the connection
@@ -931,13 +941,13 @@ export async function connect(
   checkTimeout(timeout);
   const blank = new SocketError(""); // before the first `await`: see `fillIn`
   const controller = new AbortController();
-  const dialling = dial(host, port, timeout, controller.signal);
-  // Wait for `dialling`, but for no longer than the timeout. (`notify` cannot come before the wait,
-  // because `then` never calls it synchronously.)
+  const connecting = dial(host, port, timeout, controller.signal);
+  // Wait for `connecting`, but for no longer than the timeout. (`notify` cannot come before the
+  // wait, because `then` never calls it synchronously.)
   const settled = new Condition();
   const notify = () => settled.notify();
   // Handle a rejection, too: after the timeout, it would otherwise be reported as unhandled.
-  dialling.then(notify, notify);
+  connecting.then(notify, notify);
   try {
     const isInTime = await settled.wait(timeout);
     if (!isInTime) {
@@ -945,7 +955,7 @@ export async function connect(
       const message = `cannot connect to (${repr(host)}, ${port}): timed out`;
       throw new SocketError("ETIMEDOUT", message);
     }
-    return await dialling;
+    return await connecting;
   } catch (error) {
     throw fillIn(blank, error);
   }
@@ -981,7 +991,7 @@ async function dial(
 
 /**
  * Listens on `host`, over IPv4 only. If `host` is a name, listens on its first address. If it is
- * "0.0.0.0" or empty, listens on all of this machine's addresses.
+ * "0.0.0.0" or empty, listens on all of this machine's IPv4 addresses.
  *
  * Calls `serve` for each client that connects, without waiting for the others, and closes the
  * connection when its `serve` is done. `timeout`, in seconds, becomes the timeout of each
@@ -997,8 +1007,8 @@ async function dial(
  *
  * Resolves to Bun's listener. If `port` is 0, the system picks a port, and the listener's `port`
  * says which. After `stop()`, the listener accepts no more clients. `stop(true)` also cuts off the
- * clients that are connected. Rejects with a `SocketError` if listening on `host` and `port` fails,
- * and with a `RangeError` or a `TypeError` for an invalid argument.
+ * clients that are connected. Rejects with a `SocketError` if `host` cannot be resolved or its
+ * address cannot be bound, and with a `RangeError` or a `TypeError` for an invalid argument.
  */
 export async function listen(
   host: string,
@@ -1082,7 +1092,8 @@ function isIPv4(host: string): boolean {
 
 function isByte(text: string): boolean {
   const value = Number(text);
-  const isDecimal = Number.isInteger(value) && String(value) === text; // "010" would be octal
+  // The resolver reads "010" as octal.
+  const isDecimal = Number.isInteger(value) && String(value) === text;
   return isDecimal && value >= 0 && value <= 255;
 }
 
@@ -1103,6 +1114,6 @@ export function repr(bytes: string | Uint8Array): string {
   return quote + shown + quote;
 }
 
-// Exit without waiting for a lingering connection: the client has had its reply. (If there were
-// an `await` here, a program that imports this file could not be bundled as CommonJS.)
+// By now, the client has its reply. `process.exit` does not wait for its connection to linger.
+// (With an `await` here, a program that imports this file could not be bundled as CommonJS.)
 if (import.meta.main) void main(process.argv.slice(2)).then(process.exit);
