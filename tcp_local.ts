@@ -30,10 +30,11 @@ export const PORT = 1060;
  *
  * Rejects with an `EOFError` if the stream ends first, and with `recv`'s own error if `recv`
  * rejects. After an `EOFError` or an error from `recv`, even a timeout, close the connection: the
- * part of the message that has arrived can no longer be received. (There is one exception: a call
- * that was refused because another call was receiving has taken nothing.) Rejects with a
- * `RangeError` if `length` is not a non-negative integer, and with a `TypeError` if `recv` resolves
- * to anything but bytes.
+ * part of the message that has arrived can no longer be received. There is one exception: if the
+ * call was refused because another call was receiving, nothing has been lost.
+ *
+ * Rejects with a `RangeError` if `length` is not a non-negative integer, and with a `TypeError` if
+ * `recv` resolves to anything but bytes.
  *
  * The whole buffer is allocated up front. If `length` comes from the peer, check it against a limit
  * first.
@@ -89,7 +90,8 @@ export class EOFError extends Error {
 /**
  * Answers every client that connects to `host` and prints what the Python program prints. Unlike
  * that program, this server handles clients concurrently and keeps running when one of them fails.
- * A client that stays silent for `timeout` seconds is disconnected. Resolves to Bun's listener.
+ * A client that stays silent for `timeout` seconds is disconnected. Resolves to Bun's listener, and
+ * rejects as `listen` does.
  */
 export async function server(
   host: string,
@@ -100,8 +102,8 @@ export async function server(
   const address = new Address(listener.hostname, listener.port);
   console.log(`Listening at ${address}`);
 
-  // This is called when a client connects. By then, `address` has its value. (`sc` and `message`
-  // have the same names in the Python program.)
+  // The first client is accepted in a later turn of the event loop. By then, `address` has its
+  // value. `sc` and `message` have the same names in the Python program.
   async function serve(sc: Connection): Promise<void> {
     console.log(`We have accepted a connection from ${sc.peername}`);
     console.log(`Socket connects ${sc.sockname} and ${sc.peername}`);
@@ -118,7 +120,7 @@ export async function server(
 
 /**
  * Sends a message to the server at `host`, receives the reply, and prints what the Python program
- * prints.
+ * prints. Rejects as `connect`, `sendAll` and `recvAll` do.
  */
 export async function client(
   host: string,
@@ -156,7 +158,7 @@ export async function main(args: string[]): Promise<number> {
 
 // ---- The socket with a `recv`, which Python has built in and Bun lacks ------------------------
 
-/** What the error codes mean. `DNS_` codes are Bun's; the rest are the system's. */
+/** What the error codes mean. `DNS_` codes are Bun's; the rest are named after the system's. */
 const REASONS: Record<string, string> = {
   DNS_EAI_AGAIN: "temporary failure in name resolution",
   DNS_EBADFAMILY: "address family for hostname not supported",
@@ -221,7 +223,9 @@ function toError(summary: string, cause: unknown): unknown {
  * waiting. That list omits a module that waits at its top level, which is where `connect` and
  * `listen` are usually called. For this reason, `connect` and `listen` create a blank error before
  * their first `await` and fill it in if they fail. An uncaught error then points to the line that
- * called them. (The methods of a connection are called too often to create an error each time.)
+ * called them, and shows the message that was filled in, because Bun does not compose the text of a
+ * stack until it is first read. The methods of a connection do not do this: they are called too
+ * often to create an error each time.
  */
 function fillIn(blank: SocketError, error: unknown): unknown {
   if (!(error instanceof SocketError)) return error;
@@ -304,13 +308,14 @@ class Condition {
 const LARGE_PIECE = 16_384;
 
 /**
- * Each piece that Bun delivers has memory of its own. Frees that of `bytes` without waiting for the
- * garbage collector. The next piece then gets memory that is still in the processor's cache. For a
- * server that exchanges messages of 64 KiB, this cuts processor time by a tenth.
+ * Frees the memory of `bytes` at once instead of leaving it to the garbage collector. (Each piece
+ * that Bun delivers has memory of its own.) The next piece then gets memory that is still in the
+ * processor's cache. On a server that exchanges messages of 64 KiB, this cuts processor time by a
+ * tenth.
  */
 function free(bytes: Buffer): void {
   const buffer = bytes.buffer;
-  const isAlone = buffer.byteLength === bytes.length; // Other bytes in the memory would be lost.
+  const isAlone = buffer.byteLength === bytes.length; // If not, other bytes would be destroyed.
   if (isAlone && buffer instanceof ArrayBuffer) buffer.transfer(0); // detaches the memory
 }
 
@@ -344,7 +349,11 @@ class ReceiveBuffer {
     return index < 0 ? 0 : index + delimiter.length;
   }
 
-  /** Takes up to `maxLength` bytes from the start, in a buffer whose memory nothing else uses. */
+  /**
+   * Takes up to `maxLength` bytes from the start, in a buffer whose memory nothing else uses.
+   * (Unlike `Buffer.from`, neither `Buffer.concat` nor `Buffer.copyBytesFrom` uses a shared pool in
+   * Bun.)
+   */
   take(maxLength: number): Buffer {
     if (this.length === 0) return Buffer.alloc(0); // not `NO_BYTES`, which is shared
     const bytes = this.#bytes;
@@ -439,7 +448,7 @@ function eventLoopTurn(): Promise<void> {
 }
 
 /** Counts the failed call and rejects with `error`: a loop that keeps trying must yield, too. */
-async function rejectInTurn(error: unknown): Promise<never> {
+async function countAndReject(error: unknown): Promise<never> {
   const mustYield = countCall();
   if (mustYield) await eventLoopTurn();
   throw error;
@@ -468,30 +477,29 @@ const LINGER_TIME = 4;
  * | after               | `recv`                        | `sendAll`        | the peer sees      |
  * | ------------------- | ----------------------------- | ---------------- | ------------------ |
  * | the peer's end      | gives the rest, then no bytes | sends            | no change          |
- * | a broken connection | gives the rest, then rejects  | rejects          | no change          |
+ * | a broken connection | gives the rest, then rejects  | rejects          | depends on error   |
  * | a timeout, no gap   | receives                      | sends            | no change          |
  * | a gap               | receives                      | rejects: `EPIPE` | a reset at `close` |
  * | `shutdown`          | receives                      | rejects: `EPIPE` | this side's end    |
  * | `close`             | rejects: `EBADF`              | rejects: `EBADF` | this side's end    |
  * | `abort`             | rejects: `EBADF`              | rejects: `EBADF` | a reset            |
  *
- * If several rows apply, the rows for `close` and `abort` take precedence. Otherwise, `recv`
- * follows the row for the peer's end, and `sendAll` the row for a broken connection. Once there is
- * a gap, the peer never sees an end: neither `shutdown` nor `close` sends one. If the peer resets
- * the connection after its end, only `sendAll` reports it.
+ * If several rows apply, `close` and `abort` come first. Otherwise, the peer's end wins for `recv`,
+ * and a broken connection wins for `sendAll`. Once there is a gap, neither `shutdown` nor `close`
+ * sends an end. If the peer resets the connection after its end, only `sendAll` reports it.
  */
 export class Connection {
   /**
    * The address of this end. It is ('0.0.0.0', 0) if the peer reset the connection immediately.
    */
   readonly sockname: Address;
-  /** The address of the peer. After an immediate reset, it is ('0.0.0.0', 0) as well. */
+  /** The address of the peer. Like `sockname`, it is ('0.0.0.0', 0) after an immediate reset. */
   readonly peername: Address;
 
   readonly #socket: Socket<Connection>;
   #timeout = Infinity;
   readonly #unread = new ReceiveBuffer();
-  /** Whether a `recv` is pending. */
+  /** Whether a call that receives is pending. */
   #isReceiving = false;
   /** Held by the `sendAll` that is sending. The others queue for it. */
   readonly #sendLock = new Lock();
@@ -579,8 +587,8 @@ export class Connection {
   #onData(bytes: Buffer): void {
     if (this.#hasClosed) return;
     this.#unread.add(bytes); // Bun never reuses their memory.
-    // Backpressure: if no `recv` is waiting, make Bun stop reading until one is. What the peer
-    // sends in the meantime fills the kernel's buffer, and then the peer has to wait.
+    // Backpressure: if no `recv` is waiting, stop Bun from reading until the next one. What the
+    // peer sends in the meantime fills the kernel's buffer, and then the peer has to wait.
     if (!this.#arrival.hasWaiter) this.#socket.pause();
     this.#arrival.notify();
   }
@@ -595,14 +603,14 @@ export class Connection {
   #onClose(error?: NodeJS.ErrnoException): void {
     clearTimeout(this.#lingerTimer);
     this.#isDisconnected = true;
-    const hasSentEnd = this.#hasShutDown && !this.#mustReset;
+    const endsCleanly = this.#hasShutDown && !this.#mustReset;
     if (error?.code === "ETIMEDOUT") {
       // The kernel has given up on the peer. If its code were passed on unchanged, the failure
       // would look like the connection's own timeout and invite the caller to try again.
       this.#fail("EHOSTUNREACH");
     } else if (error) {
       this.#fail(error.code ?? "ECONNABORTED");
-    } else if (hasSentEnd && !this.#errorCode) {
+    } else if (endsCleanly && !this.#errorCode) {
       // When both sides have ended their streams, Bun closes the socket without calling `end`
       // first. (Bun does the same after `stop(true)`, which therefore looks like the peer's end.)
       this.#peerHasEnded = true;
@@ -622,9 +630,10 @@ export class Connection {
   }
 
   /**
-   * Lets other calls receive. This runs as late as possible, in a microtask that a call queues
-   * immediately before it returns, and therefore just before its caller goes on. If it ran earlier,
-   * other code could call `recv` first and take the rest of the caller's message.
+   * Lets other calls receive. If this ran before the caller of a call goes on, other code could
+   * call `recv` first and take the rest of the caller's message. For that reason, a call queues it
+   * as a microtask just before its promise settles. Microtasks run in order, and this one therefore
+   * runs immediately before the caller's continuation.
    */
   readonly #endReceiving = (): void => {
     this.#isReceiving = false;
@@ -669,8 +678,9 @@ export class Connection {
   }
 
   /**
-   * `recv` and `recvUntil` return this promise itself. If they were async functions, they would
-   * settle a few microtasks later, and `#endReceiving` would come too early.
+   * `recv` and `recvUntil` return the promise of `#receive` itself. If they were async functions,
+   * their own promises would settle a few microtasks later, and `#endReceiving` would run before
+   * the caller's continuation was even queued.
    *
    * `until` is an object because `recvUntil(undefined, 99)` must reject with a `TypeError`. If it
    * were the delimiter itself, such a call would be an ordinary `recv`.
@@ -683,7 +693,7 @@ export class Connection {
     const delimiter = until && Buffer.from(bytesOf(until.delimiter));
     if (delimiter?.length === 0) throw new RangeError("the delimiter must not be empty");
     if (this.#isReceiving) {
-      return rejectInTurn(new Error("recv called while another recv is pending"));
+      return countAndReject(new Error("recv called while another recv is pending"));
     }
     this.#isReceiving = true;
     const timeout = this.#timeout;
@@ -753,9 +763,9 @@ export class Connection {
   }
 
   /**
-   * Sends all of `data`, encoding a string as UTF-8. Resolves when the kernel has accepted every
-   * byte, which does not mean that every byte has reached the peer. Do not modify `data` before the
-   * call settles.
+   * Sends all of `data`, encoding a string as UTF-8. Resolves when the kernel has accepted all of
+   * it, which does not mean that the peer has received it. Do not modify `data` before the call
+   * settles.
    *
    * Concurrent calls send one after another, in the order in which they were made. Time spent
    * waiting for another call does not count towards the timeout.
@@ -795,22 +805,23 @@ export class Connection {
       const mustYield = countCall();
       return mustYield ? eventLoopTurn() : Promise.resolve();
     } catch (error) {
-      return rejectInTurn(error);
+      return countAndReject(error);
     }
   }
 
   /** The part of `sendAll` that waits. Of `length` bytes, the first `sent` have been sent. */
   async #sendRest(bytes: Uint8Array, sent: number, length: number): Promise<void> {
     const timeout = this.#timeout;
-    const queueing = this.#sendLock.acquire();
-    if (queueing) {
-      await queueing;
+    const queued = this.#sendLock.acquire();
+    if (queued) {
+      await queued;
       // Without this, a long queue would be sent in a single turn of the event loop.
       const mustYield = countCall();
       if (mustYield) await eventLoopTurn();
     }
     try {
-      if (queueing) sent += this.#write(bytes, sent, length - sent); // the first attempt
+      // A call that was queued makes its first attempt here. Any other has made it in `sendAll`.
+      if (queued) sent += this.#write(bytes, sent, length - sent);
       while (sent < length) {
         this.#isPartway = sent > 0;
         const isNotified = await this.#room.wait(timeout);
@@ -871,12 +882,12 @@ export class Connection {
    * waiting reject with `EBADF`. Closing again has no effect.
    *
    * The socket then lingers: it stays open and discards what arrives until the peer has ended its
-   * stream, too. (This is not what `SO_LINGER` does.) If the socket were closed while the peer was
-   * still sending, the kernel would reset the connection, and data on its way to the peer would be
-   * lost. After 4 seconds, the socket is closed even if the peer has not ended its stream. Those 4
-   * seconds are long enough for a peer that is still sending to read this side's reply, but too
-   * short for silent peers to pile up. (A peer that sends anything after that sees a reset.) A
-   * lingering connection keeps the process alive.
+   * stream, too. This has nothing to do with `SO_LINGER`. If the socket were closed while the peer
+   * was still sending, the kernel would reset the connection, and data on its way to the peer would
+   * be lost. After 4 seconds, the socket is closed even if the peer has not ended its stream, and a
+   * peer that sends anything after that sees a reset. Those 4 seconds are meant to be long enough
+   * for a peer that is still sending to read this side's reply, and short enough that silent peers
+   * do not pile up. A lingering connection keeps the process alive.
    */
   close(): void {
     if (this.#hasClosed) return;
@@ -1001,9 +1012,10 @@ async function dial(
  * are unaffected. Anything but a `SocketError` or an `EOFError` is treated as a bug and printed
  * with its stack.
  *
- * However `serve` ends, the connection is closed with `close`, not with `abort`. A client may
- * therefore mistake a truncated reply for a complete one. If that matters, catch the error in
- * `serve`, call `abort` and throw the error again.
+ * Even if `serve` throws, the connection is closed with `close`, not with `abort`, because `serve`
+ * may have sent a last message about the error. A client may therefore mistake a truncated reply
+ * for a complete one. If that matters, catch the error in `serve`, call `abort` and throw the error
+ * again.
  *
  * Resolves to Bun's listener. If `port` is 0, the system picks a port, and the listener's `port`
  * says which. After `stop()`, the listener accepts no more clients. `stop(true)` also cuts off the
@@ -1114,6 +1126,6 @@ export function repr(bytes: string | Uint8Array): string {
   return quote + shown + quote;
 }
 
-// By now, the client has its reply. `process.exit` does not wait for its connection to linger.
-// (With an `await` here, a program that imports this file could not be bundled as CommonJS.)
+// `process.exit` does not wait for a connection that lingers. A client has had its reply by then.
+// With an `await` here, programs that import this file could not be built with `--format=cjs`.
 if (import.meta.main) void main(process.argv.slice(2)).then(process.exit);
