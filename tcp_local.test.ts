@@ -76,6 +76,9 @@ const TOO_MUCH = Buffer.alloc(96 * MiB);
 const HAS_PROC = existsSync("/proc/self/fd"); // Linux
 setDefaultTimeout(30_000); // Bun's 5 seconds are too few for a slow or busy machine.
 
+/** A timeout that a test waits for, in seconds. */
+const SHORT = 0.02;
+
 /** The methods that receive. The model of every order of events knows them by these names. */
 const RECEIVING_METHODS = {
   recv: (sock: Connection, length: number) => sock.recv(length),
@@ -517,7 +520,7 @@ describe("recvUntil", () => {
   });
 
   test("loses nothing when it times out", async () => {
-    const { sock, peer } = await pair(0.05);
+    const { sock, peer } = await pair(SHORT);
     peer.write("half a l");
     expect(await failure(sock.recvUntil("\n", 100))).toMatchObject({ code: "ETIMEDOUT" });
     peer.write("ine\n");
@@ -787,11 +790,13 @@ describe("sendAll", () => {
   });
 
   test("rejects if its buffer is transferred while it is being sent", async () => {
-    const { sock, peer } = await pair();
-    const data = new ArrayBuffer(TOO_MUCH.length);
+    const { sock, peer, room } = await pairWithRoom();
+    const data = new ArrayBuffer(10);
+    room.bytes = 3;
     const sending = failure(sock.sendAll(data));
     structuredClone(data, { transfer: [data] });
     const reading = streamTo(peer);
+    room.make(Infinity);
     expect(await sending).toBeInstanceOf(RangeError);
     sock.close();
     const { ending } = await reading;
@@ -799,18 +804,18 @@ describe("sendAll", () => {
   });
 
   test("rejects if its buffer is transferred while it waits for its turn", async () => {
-    const { sock, peer } = await pair();
-    const first = sock.sendAll(TOO_MUCH);
+    const { sock, room } = await pairWithRoom();
+    const first = sock.sendAll("hello");
     const data = new ArrayBuffer(10);
     const second = failure(sock.sendAll(data));
     structuredClone(data, { transfer: [data] });
-    peer.resume();
+    room.make(Infinity);
     await first;
     expect(await second).toBeInstanceOf(RangeError);
   });
 
   test("rejects with an error whose stack leads to its own caller, even if it waited for another", async () => {
-    const { sock } = await pair(0.05);
+    const { sock } = await pair(SHORT);
     async function firstCaller(): Promise<void> {
       await sock.sendAll(TOO_MUCH);
     }
@@ -872,7 +877,7 @@ describe("an interrupted sendAll", () => {
   const afterGap = { code: "EPIPE", message: "an earlier sendAll failed" };
 
   test("makes later ones reject, so that no line follows a truncated one (broadcast)", async () => {
-    const { sock, peer } = await pair(0.05);
+    const { sock, peer } = await pair(SHORT);
     expect(await failure(sock.sendAll(TOO_MUCH))).toMatchObject({ code: "ETIMEDOUT" });
     const reading = streamTo(peer); // The peer begins to read late.
     expect(await failure(sock.sendAll("the next line"))).toMatchObject(afterGap);
@@ -908,7 +913,7 @@ describe("an interrupted sendAll", () => {
   ];
   describe.each(failures)("because of $by (truncated),", ({ code, stop }) => {
     test.each(parts)("after '$sent' of 'hello': the peer sees $ending", async (part) => {
-      const { sock, peer, room } = await pairWithRoom(0.05);
+      const { sock, peer, room } = await pairWithRoom(SHORT);
       const reading = streamTo(peer);
       room.bytes = part.sent.length;
       const sending = failure(sock.sendAll("hello"));
@@ -921,7 +926,7 @@ describe("an interrupted sendAll", () => {
   });
 
   test("leaves the stream intact if no byte was sent, and a later one goes out", async () => {
-    const { sock, peer, room } = await pairWithRoom(0.05);
+    const { sock, peer, room } = await pairWithRoom(SHORT);
     expect(await failure(sock.sendAll("hello"))).toMatchObject({ code: "ETIMEDOUT" });
     room.bytes = Infinity;
     await sock.sendAll("world");
@@ -943,7 +948,7 @@ describe("an interrupted sendAll", () => {
   });
 
   test("makes the calls queued behind it reject, even if nothing of it was sent", async () => {
-    const { sock, peer, room } = await pairWithRoom(0.05);
+    const { sock, peer, room } = await pairWithRoom(SHORT);
     const reading = streamTo(peer);
     const calls = [sock.sendAll("first"), sock.sendAll("second"), sock.sendAll("third")];
     const errors = await Promise.all(calls.map(failure));
@@ -1251,7 +1256,7 @@ describe("abort", () => {
 
 describe("timeout", () => {
   test("makes a recv reject if nothing arrives, and what arrives after it is not lost", async () => {
-    const { sock, peer } = await pair(0.05);
+    const { sock, peer } = await pair(SHORT);
     const timedOut = { name: "SocketError", code: "ETIMEDOUT", message: "timed out" };
     expect(await failure(sock.recv(100))).toMatchObject(timedOut);
     peer.write("hello");
@@ -1260,7 +1265,7 @@ describe("timeout", () => {
   });
 
   test("starts again with every byte that is received or sent", async () => {
-    const timeout = 0.4;
+    const timeout = 0.35;
     async function receiveAll(): Promise<void> {
       const { sock, peer } = await pair(timeout);
       const receiving = recvAll(sock, 6);
@@ -1292,7 +1297,7 @@ describe("timeout", () => {
 
   test("is read when a call begins", async () => {
     const { sock } = await pair(Infinity);
-    sock.timeout = 0.05;
+    sock.timeout = SHORT;
     const receiving = failure(sock.recv(1));
     const sending = failure(sock.sendAll(TOO_MUCH));
     sock.timeout = Infinity;
@@ -1301,7 +1306,7 @@ describe("timeout", () => {
   });
 
   test("is read when a call begins, even by one that has to wait again", async () => {
-    const { sock, peer } = await pair(0.05);
+    const { sock, peer } = await pair(SHORT);
     const receiving = failure(sock.recvUntil("\n", 100));
     sock.timeout = Infinity;
     peer.write("half a line");
@@ -1311,7 +1316,7 @@ describe("timeout", () => {
   test("is read when a call begins, even by a sendAll that waits for its turn", async () => {
     const { sock, room } = await pairWithRoom(Infinity);
     const first = sock.sendAll("first");
-    sock.timeout = 0.05;
+    sock.timeout = SHORT;
     const second = failure(sock.sendAll("second"));
     sock.timeout = Infinity;
     room.make(5);
@@ -1525,7 +1530,7 @@ describe("a connection", () => {
   test.each(waits)(
     "throws an error whose stack leads to the caller of $kind",
     async ({ receive }) => {
-      const { sock } = await pair(0.05);
+      const { sock } = await pair(SHORT);
       async function callerWhoWaits(): Promise<void> {
         await receive(sock, 1);
       }
@@ -1719,7 +1724,7 @@ describe("connect", () => {
     using lookup = spyOn(Bun.dns, "lookup");
     using dialled = spyOn(Bun, "connect");
     lookup.mockReturnValueOnce(found.promise);
-    expect(await failure(connect("it's\n", port, 0.05))).toMatchObject({
+    expect(await failure(connect("it's\n", port, SHORT))).toMatchObject({
       code: "ETIMEDOUT",
       message: `cannot connect to ("it's\\n", ${port}): timed out`,
     });
@@ -1732,7 +1737,7 @@ describe("connect", () => {
     const found = Promise.withResolvers<Bun.DNSLookup[]>();
     using lookup = spyOn(Bun.dns, "lookup");
     lookup.mockReturnValueOnce(found.promise);
-    expect(await failure(connect("name.invalid", 1, 0.05))).toMatchObject({ code: "ETIMEDOUT" });
+    expect(await failure(connect("name.invalid", 1, SHORT))).toMatchObject({ code: "ETIMEDOUT" });
     found.reject(new Error("too late")); // An unhandled rejection would fail this test.
     await pollSockets();
   });
@@ -1747,7 +1752,7 @@ describe("connect", () => {
       const socket = await connectReally(options as Bun.TCPSocketConnectOptions<Connection>);
       return socket as never;
     });
-    expect(await failure(connect("127.0.0.1", port, 0.05))).toMatchObject({ code: "ETIMEDOUT" });
+    expect(await failure(connect("127.0.0.1", port, SHORT))).toMatchObject({ code: "ETIMEDOUT" });
     late.resolve();
     const peer = await accepted;
     expect(await receivedBy(peer)).toHaveLength(0); // The stream ends.
@@ -1758,7 +1763,7 @@ describe("connect", () => {
     using _lookup = lookupFinds(["127.0.0.1", "127.0.0.2"]);
     using dialled = spyOn(Bun, "connect");
     dialled.mockReturnValue(late.promise);
-    expect(await failure(connect("name.invalid", 1, 0.05))).toMatchObject({ code: "ETIMEDOUT" });
+    expect(await failure(connect("name.invalid", 1, SHORT))).toMatchObject({ code: "ETIMEDOUT" });
     late.reject(new Error("refused, at last"));
     await pollSockets();
     expect(dialled).toHaveBeenCalledTimes(1);
@@ -2231,7 +2236,7 @@ describe("the server", () => {
 
   test("disconnects a client that is silent for its timeout", async () => {
     const { err } = captured();
-    const port = await programServer(0.05);
+    const port = await programServer(SHORT);
     const { peer, name } = await peerClient(port);
     const reply = await receivedBy(peer);
     expect(reply).toHaveLength(0);
@@ -2758,7 +2763,8 @@ afterEach(async () => {
 /** A connection, with a timeout in seconds, and the other end of it. */
 async function pair(timeout = 10): Promise<{ sock: Connection; peer: net.Socket }> {
   const { port, accepted } = await peerServer();
-  const sock = await connect("127.0.0.1", port, timeout);
+  const sock = await connect("127.0.0.1", port);
+  sock.timeout = timeout;
   const peer = await accepted;
   cleanups.push(() => sock.close());
   return { sock, peer };
@@ -2831,15 +2837,15 @@ async function peerClient(port: number): Promise<{ peer: net.Socket; name: strin
   return { peer, name: `('127.0.0.1', ${peer.localPort})` };
 }
 
-/** Writes a byte every tenth of a second. */
+/** Writes a byte every 80 milliseconds. */
 async function writeSlowly(peer: net.Socket, text: string): Promise<void> {
   for (const byte of Buffer.from(text)) {
-    await Bun.sleep(100);
+    await Bun.sleep(80);
     peer.write(Buffer.of(byte));
   }
 }
 
-/** Reads until `sending` is done, and pauses for a tenth of a second now and then, six times. */
+/** Reads until `sending` is done, and pauses for 80 milliseconds now and then, six times. */
 async function readSlowly(peer: net.Socket, sending: Promise<void>): Promise<void> {
   let received = 0;
   let pauses = 0;
@@ -2848,7 +2854,7 @@ async function readSlowly(peer: net.Socket, sending: Promise<void>): Promise<voi
     const isPauseDue = pauses < 6 && received > pauses * 4 * MiB;
     if (!isPauseDue) return;
     pauses += 1;
-    await Bun.sleep(100);
+    await Bun.sleep(80);
   });
 }
 
