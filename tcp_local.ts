@@ -12,7 +12,8 @@
  * as it arrives.
  *
  * The rest of this file, below the program, provides the socket that such a loop needs: a
- * `Connection`, whose `recv` can be awaited.
+ * `Connection`, whose `recv` can be awaited. What the comments say about Bun was observed in Bun
+ * 1.4.5 on Linux.
  */
 import type { Socket, SocketHandler, TCPSocketListener } from "bun";
 
@@ -30,8 +31,8 @@ export const PORT = 1060;
  *
  * Rejects with an `EOFError` if the stream ends first, and with `recv`'s own error if `recv`
  * rejects. After an `EOFError` or an error from `recv`, even a timeout, close the connection: the
- * part of the message that has arrived can no longer be received. There is one exception: if the
- * call was refused because another call was receiving, nothing has been lost.
+ * part of the message that has arrived can no longer be received. There is one exception: a
+ * `Connection` that refuses the call because another call is receiving has lost nothing.
  *
  * Rejects with a `RangeError` if `length` is not a non-negative integer, and with a `TypeError` if
  * `recv` resolves to anything but bytes.
@@ -103,7 +104,7 @@ export async function server(
   console.log(`Listening at ${address}`);
 
   // The first client is accepted in a later turn of the event loop. By then, `address` has its
-  // value. `sc` and `message` have the same names in the Python program.
+  // value. `sc` and `message` keep their names from the Python program.
   async function serve(sc: Connection): Promise<void> {
     console.log(`We have accepted a connection from ${sc.peername}`);
     console.log(`Socket connects ${sc.sockname} and ${sc.peername}`);
@@ -120,7 +121,8 @@ export async function server(
 
 /**
  * Sends a message to the server at `host`, receives the reply, and prints what the Python program
- * prints. Rejects as `connect`, `sendAll` and `recvAll` do.
+ * prints. Waits for at most `timeout` seconds to connect, and again to receive. Rejects as
+ * `connect`, `sendAll` and `recvAll` do.
  */
 export async function client(
   host: string,
@@ -134,7 +136,10 @@ export async function client(
   console.log(`The server said ${repr(reply)}`);
 }
 
-/** Runs the mode named on the command line and resolves to the exit status. */
+/**
+ * Runs the program in the mode given on the command line and resolves to the exit status. In server
+ * mode, it resolves only if the server cannot start.
+ */
 export async function main(args: string[]): Promise<number> {
   const mode = args[0];
   const host = args[1] ?? "127.0.0.1";
@@ -186,8 +191,8 @@ const REASONS: Record<string, string> = {
  * - `EHOSTUNREACH`: The peer has vanished or can no longer be reached.
  * - `EBADF`: This side has called `close` or `abort`.
  * - `ECONNABORTED`: The connection was cut off on this side, by `stop(true)` on Bun's listener or
- *   by the system (with `ss -K`, for example). If `shutdown` was called before `stop(true)`, Bun
- *   reports the end of the peer's stream instead, and `recv` resolves to an empty buffer.
+ *   by the system (with `ss -K`, for example). After `shutdown`, a `stop(true)` cannot be told from
+ *   the end of the peer's stream: `recv` resolves to an empty buffer.
  *
  * Other codes, such as `EADDRINUSE`, come from the system or from Bun. If `connect` or `listen`
  * fails and Bun gives no code, `code` is empty.
@@ -220,12 +225,11 @@ function toError(summary: string, cause: unknown): unknown {
  * error unchanged.
  *
  * In Bun, the stack of an error created after an `await` lists the async functions that are
- * waiting. That list omits a module that waits at its top level, which is where `connect` and
- * `listen` are usually called. For this reason, `connect` and `listen` create a blank error before
- * their first `await` and fill it in if they fail. An uncaught error then points to the line that
- * called them, and shows the message that was filled in, because Bun does not compose the text of a
- * stack until it is first read. The methods of a connection do not do this: they are called too
- * often to create an error each time.
+ * waiting, but not a module that waits at its top level, which is where `connect` and `listen` are
+ * usually called. For this reason, they create a blank error before their first `await` and fill it
+ * in if they fail. An uncaught error then points to the line that called them. (It also shows the
+ * right message, because Bun does not compose the text of a stack until it is first read.) The
+ * methods of a connection do not do this: they are called too often to create an error each time.
  */
 function fillIn(blank: SocketError, error: unknown): unknown {
   if (!(error instanceof SocketError)) return error;
@@ -304,7 +308,7 @@ class Condition {
   }
 }
 
-/** A piece of this many bytes or more is freed once all of it has been copied. */
+/** Pieces of at least this many bytes are freed once they have been copied: see `free`. */
 const LARGE_PIECE = 16_384;
 
 /**
@@ -350,9 +354,9 @@ class ReceiveBuffer {
   }
 
   /**
-   * Takes up to `maxLength` bytes from the start, in a buffer whose memory nothing else uses.
-   * (Unlike `Buffer.from`, neither `Buffer.concat` nor `Buffer.copyBytesFrom` uses a shared pool in
-   * Bun.)
+   * Takes up to `maxLength` bytes from the start, in a buffer that shares its memory with nothing
+   * else. (Unlike Node's, Bun's `Buffer.concat` and `Buffer.copyBytesFrom` do not use a shared
+   * pool.)
    */
   take(maxLength: number): Buffer {
     if (this.length === 0) return Buffer.alloc(0); // not `NO_BYTES`, which is shared
@@ -462,7 +466,7 @@ const LINGER_TIME = 4;
  * `recv` and `sendall` block. If the connection fails, they reject with a `SocketError`, whose
  * documentation lists the codes.
  *
- * An open connection keeps the process alive. To have it closed automatically, declare it with
+ * An open connection keeps the process alive. To close a connection automatically, declare it with
  * `using`:
  *
  *     using sock = await connect("127.0.0.1", 1060);
@@ -476,8 +480,8 @@ const LINGER_TIME = 4;
  *
  * | after               | `recv`                        | `sendAll`        | the peer sees      |
  * | ------------------- | ----------------------------- | ---------------- | ------------------ |
- * | the peer's end      | gives the rest, then no bytes | sends            | no change          |
- * | a broken connection | gives the rest, then rejects  | rejects          | depends on error   |
+ * | the peer's end      | gives the rest, then is empty | sends            | no change          |
+ * | a broken connection | gives the rest, then rejects  | rejects          | (depends on error) |
  * | a timeout, no gap   | receives                      | sends            | no change          |
  * | a gap               | receives                      | rejects: `EPIPE` | a reset at `close` |
  * | `shutdown`          | receives                      | rejects: `EPIPE` | this side's end    |
@@ -499,7 +503,7 @@ export class Connection {
   readonly #socket: Socket<Connection>;
   #timeout = Infinity;
   readonly #unread = new ReceiveBuffer();
-  /** Whether a call that receives is pending. */
+  /** Whether a receiving call is pending. */
   #isReceiving = false;
   /** Held by the `sendAll` that is sending. The others queue for it. */
   readonly #sendLock = new Lock();
@@ -522,9 +526,15 @@ export class Connection {
    * code.
    */
   #isDisconnected = false;
-  /** Notified when `recv` can proceed: bytes, the end of the stream, or an error has arrived. */
+  /**
+   * Notified when a waiting `recv` must check again: bytes, the end of the stream or an error has
+   * arrived, or this side has closed the connection.
+   */
   readonly #arrival = new Condition();
-  /** Notified when `sendAll` can proceed: the kernel has room again, or there is an error. */
+  /**
+   * Notified when a waiting `sendAll` must check again: the kernel has room, there is an error, or
+   * this side has called `shutdown` or `close`.
+   */
   readonly #room = new Condition();
   #lingerTimer: ReturnType<typeof setTimeout> | undefined;
 
@@ -586,7 +596,7 @@ export class Connection {
 
   #onData(bytes: Buffer): void {
     if (this.#hasClosed) return;
-    this.#unread.add(bytes); // Bun never reuses their memory.
+    this.#unread.add(bytes); // They need no copy: Bun does not reuse their memory.
     // Backpressure: if no `recv` is waiting, stop Bun from reading until the next one. What the
     // peer sends in the meantime fills the kernel's buffer, and then the peer has to wait.
     if (!this.#arrival.hasWaiter) this.#socket.pause();
@@ -603,14 +613,14 @@ export class Connection {
   #onClose(error?: NodeJS.ErrnoException): void {
     clearTimeout(this.#lingerTimer);
     this.#isDisconnected = true;
-    const endsCleanly = this.#hasShutDown && !this.#mustReset;
+    const hasSentEnd = this.#hasShutDown && !this.#mustReset;
     if (error?.code === "ETIMEDOUT") {
       // The kernel has given up on the peer. If its code were passed on unchanged, the failure
       // would look like the connection's own timeout and invite the caller to try again.
       this.#fail("EHOSTUNREACH");
     } else if (error) {
       this.#fail(error.code ?? "ECONNABORTED");
-    } else if (endsCleanly && !this.#errorCode) {
+    } else if (hasSentEnd && !this.#errorCode) {
       // When both sides have ended their streams, Bun closes the socket without calling `end`
       // first. (Bun does the same after `stop(true)`, which therefore looks like the peer's end.)
       this.#peerHasEnded = true;
@@ -630,10 +640,14 @@ export class Connection {
   }
 
   /**
-   * Lets other calls receive. If this ran before the caller of a call goes on, other code could
-   * call `recv` first and take the rest of the caller's message. For that reason, a call queues it
-   * as a microtask just before its promise settles. Microtasks run in order, and this one therefore
-   * runs immediately before the caller's continuation.
+   * Lets other calls receive. If this ran before the caller resumes, other code could call `recv`
+   * first and take the rest of the caller's message. For that reason, `#receive` queues it as a
+   * microtask just before its promise settles. Microtasks run in order, and this one therefore runs
+   * immediately before the caller resumes.
+   *
+   * `recv` and `recvUntil` must return the promise of `#receive` itself. If they were async
+   * functions, their own promises would settle a few microtasks later, and other calls could
+   * receive in the meantime.
    */
   readonly #endReceiving = (): void => {
     this.#isReceiving = false;
@@ -644,8 +658,7 @@ export class Connection {
    * at the end of the stream. The buffer belongs to the caller.
    *
    * If the connection breaks before the end of the stream, bytes that had already arrived can still
-   * be received. After that, `recv` rejects. A `recv` that times out loses nothing and may be
-   * called again.
+   * be received. After that, `recv` rejects. A timeout loses nothing: `recv` may be called again.
    *
    * Only one call may receive at a time. A second one rejects with an `Error` and leaves the first
    * undisturbed. Rejects with a `RangeError` if `maxLength` is not a positive integer.
@@ -678,9 +691,7 @@ export class Connection {
   }
 
   /**
-   * `recv` and `recvUntil` return the promise of `#receive` itself. If they were async functions,
-   * their own promises would settle a few microtasks later, and `#endReceiving` would run before
-   * the caller's continuation was even queued.
+   * Receives for `recv` and `recvUntil`, which return its promise itself: see `#endReceiving`.
    *
    * `until` is an object because `recvUntil(undefined, 99)` must reject with a `TypeError`. If it
    * were the delimiter itself, such a call would be an ordinary `recv`.
@@ -774,13 +785,13 @@ export class Connection {
    *
    * - Part of its data was sent.
    * - None of its data was sent, but other calls are queued behind it. If those still sent their
-   *   data, the peer could not tell that something is missing before it. (After `shutdown` or
+   *   data, the peer could not tell that something is missing ahead of it. (After `shutdown` or
    *   `close`, they send nothing, and there is no gap.)
    *
-   * Once there is a gap, the queued calls and all later ones reject with `EPIPE`, and `close`
-   * resets the connection, so that the peer cannot mistake what it has received for the complete
-   * stream. Repeating a call that timed out is therefore safe: if the first call left a gap, the
-   * second one rejects.
+   * Once there is a gap, the queued calls and all later ones reject (with `EPIPE`, unless the
+   * connection has broken or been closed as well), and `close` resets the connection, so that the
+   * peer cannot mistake what it has received for the complete stream. Repeating a call that timed
+   * out is therefore safe: if the first call left a gap, the second one rejects.
    *
    * The peer does not learn of a gap if the process exits without `close` or `abort`, or if
    * `stop(true)` is called on the listener. In both cases, the kernel may end the stream as if it
@@ -796,7 +807,7 @@ export class Connection {
       const bytes = bytesOf(data);
       // Keep the original length. If the buffer is transferred to a worker in the meantime, its
       // length becomes 0, and everything would seem to have been sent. With the original length,
-      // `write` throws.
+      // `write` throws, and the call rejects.
       const length = bytes.length;
       if (this.#sendLock.isHeld) return this.#sendRest(bytes, 0, length);
       const sent = this.#write(bytes, 0, length);
@@ -1104,12 +1115,12 @@ function isIPv4(host: string): boolean {
 
 function isByte(text: string): boolean {
   const value = Number(text);
-  // The resolver reads "010" as octal.
+  // Only the usual spelling counts, because the resolver reads "010" as octal.
   const isDecimal = Number.isInteger(value) && String(value) === text;
   return isDecimal && value >= 0 && value <= 255;
 }
 
-/** Shows bytes, or the UTF-8 bytes of a string, in printable ASCII, as Python 2's `repr` does. */
+/** Formats bytes, or a string's UTF-8 bytes, as printable ASCII, as Python 2's `repr` does. */
 export function repr(bytes: string | Uint8Array): string {
   const text = Buffer.from(bytes).toString("latin1"); // one character for each byte
   const prefersDoubleQuotes = text.includes("'") && !text.includes('"');
@@ -1126,6 +1137,6 @@ export function repr(bytes: string | Uint8Array): string {
   return quote + shown + quote;
 }
 
-// `process.exit` does not wait for a connection that lingers. A client has had its reply by then.
+// `process.exit` does not wait for a connection that lingers. By then, the client has its reply.
 // With an `await` here, programs that import this file could not be built with `--format=cjs`.
 if (import.meta.main) void main(process.argv.slice(2)).then(process.exit);
