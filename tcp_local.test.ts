@@ -1,10 +1,11 @@
 /**
- * The tests of tcp_local.ts. Those of `recvAll` mostly read from a scripted `recv`. All others run
- * over real sockets on 127.0.0.1, unless their comment says why not. `bun test -t PATTERN` runs the
- * tests that a regular expression matches. Bun matches it against the title of the section, a space,
- * and the title of the test. (Put a `\` before a parenthesis.) To find a test, search this file for
- * the stem of a word: linger, leak, stall, starv, truncat. Here is a test to copy.
- * `bun test -t "recv resolves to what the peer has sent"` runs it alone.
+ * The tests of tcp_local.ts. Those of `recvAll` mostly read from a scripted `recv`. Any other test
+ * that needs a socket uses a real one on this machine, unless its comment says why not.
+ *
+ * `bun test -t PATTERN` runs the tests whose full title matches PATTERN, a regular expression: the
+ * section's title, a space, and the test's title. (Put a `\` before a parenthesis.) To find a test,
+ * search this file for the stem of a word: linger, leak, stall, starv, truncat. Here is a test to
+ * copy. `bun test -t "recv resolves to what the peer has sent"` runs it alone.
  *
  *     test("resolves to what the peer has sent", async () => {
  *       const { sock, peer } = await pair();
@@ -12,10 +13,10 @@
  *       expect(String(await sock.recv(100))).toBe("hello");
  *     });
  *
- * `sock` is always a connection of tcp_local.ts, and `peer` is its other end, a socket of
- * `node:net`. The helpers come after the tests:
+ * `sock` is a connection of tcp_local.ts, and `peer` is its other end, a socket of `node:net`. The
+ * helpers come after the tests:
  *
- * | for a test that needs                                       | take                      |
+ * | for a test that needs                                       | use                       |
  * | ----------------------------------------------------------- | ------------------------- |
  * | a connection, and its other end                             | `pair()`                  |
  * | the same, with control over how much the kernel accepts     | `pairWithRoom()`          |
@@ -31,14 +32,14 @@
  * | the same, and whether its stream ends or is reset           | `streamTo(peer)`          |
  * | the error that a call rejects with                          | `failure(promise)`        |
  * | what the program prints in this process                     | `captured()`              |
- * | a look-up that finds certain addresses                      | `lookupFinds(addresses)`  |
+ * | a lookup that finds certain addresses                      | `lookupFinds(addresses)`  |
  * | `Bun.connect` or `Bun.listen` to fail                       | `refuses(name, code)`     |
  * | to wait until Bun has looked at its sockets                 | `pollSockets()`           |
  * | to wait for anything else                                   | `until(words, condition)` |
  *
- * The sections, in their order:
+ * The sections, in order:
  *
- * - "recvAll": exactly N bytes (message framing), even if they arrive one at a time (Nagle).
+ * - "recvAll": exactly N bytes (message framing), even if they arrive one at a time (short reads).
  * - "recv", "recvUntil", "for await": receiving, backpressure, one reader at a time.
  * - "sendAll", "an interrupted sendAll": sending, and what the peer sees if it fails.
  * - "shutdown", "close", "abort": half-closing, lingering, resetting.
@@ -48,8 +49,8 @@
  * - "repr", "the server", "the client", "the command line", "a bundle": the program.
  * - "the README": its examples.
  * - "under load": floods, stalled clients, memory and descriptors of a process (no leak).
- * - "every order of events": every short sequence of calls and events, compared with a model. It
- *   is at the end of the file, after the helpers.
+ * - "every order of events": every short sequence of calls and events, compared with a model. It is
+ *   at the end of the file, after the helpers.
  */
 import { afterEach, describe, expect, setDefaultTimeout, spyOn, test } from "bun:test";
 import { drainMicrotasks } from "bun:jsc";
@@ -79,10 +80,10 @@ const TOO_MUCH = Buffer.alloc(96 * MiB);
 const HAS_PROC = existsSync("/proc/self/fd"); // Linux
 setDefaultTimeout(30_000); // Bun's 5 seconds are too few for a slow or busy machine.
 
-/** A timeout that a test waits for, in seconds. */
+/** A timeout, in seconds, that a test lets expire. */
 const SHORT = 0.02;
 
-/** The methods that receive. The model of every order of events knows them by these names. */
+/** The methods that receive. The model for every order of events knows them by these names. */
 const RECEIVING_METHODS = {
   recv: (sock: Connection, length: number) => sock.recv(length),
   recvUntil: (sock: Connection, length: number) => sock.recvUntil("\n", length),
@@ -103,7 +104,7 @@ describe("recvAll", () => {
     }
   });
 
-  test("puts messages together that a peer sends one byte at a time (Nagle)", async () => {
+  test("reassembles messages that a peer sends one byte at a time (short read, fragmented)", async () => {
     const { sock, peer } = await pair();
     const first = recvAll(sock, 16);
     for (const byte of MESSAGE) {
@@ -115,7 +116,7 @@ describe("recvAll", () => {
     expect(String(await recvAll(sock, 12))).toBe("and one more");
   });
 
-  test("takes messages apart that arrive in one piece (coalesced, sticky)", async () => {
+  test("separates messages that arrive in one piece (coalesced, Nagle)", async () => {
     const { sock, peer } = await pair();
     peer.write("firstsecondthird");
     const messages: string[] = [];
@@ -190,7 +191,7 @@ describe("recvAll", () => {
     },
   );
 
-  test("passes on an error of recv as it is, even in the middle of a message", async () => {
+  test("passes on recv's error unchanged, even in the middle of a message", async () => {
     const error = new Error("no luck");
     const pieces = [MESSAGE.subarray(0, 5)];
     async function recv(): Promise<Buffer> {
@@ -330,7 +331,7 @@ describe("recv", () => {
     const piece = Buffer.alloc(MiB, "0123456789abcde");
     for (let i = 0; i < 96; i += 1) peer.write(piece);
     await untilItStays(() => peer.writableLength);
-    // Of the 96 MiB, the kernel may hold 64, where its buffers may grow to 32 MiB at each end.
+    // The kernel may hold 64 of the 96 MiB if its buffers can grow to 32 MiB at each end.
     expect(peer.writableLength).toBeGreaterThan(16 * MiB);
     for (let i = 0; i < 96; i += 1) {
       const received = await recvAll(sock, piece.length);
@@ -339,7 +340,7 @@ describe("recv", () => {
   });
 
   test("resolves to the bytes that are there, even if close is called in the same tick", async () => {
-    // Each round makes three calls. In one round of 64, the last one is a 64th call, which yields
+    // Each round makes three calls. In one of the 64 rounds, the third is a 64th call, which yields
     // to the event loop before it resolves.
     for (let round = 0; round < 64; round += 1) {
       const { sock, peer } = await pair();
@@ -353,7 +354,7 @@ describe("recv", () => {
     }
   });
 
-  const microtasks = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]; // The first caller resumes within fewer.
+  const microtasks = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]; // The last are more than a first caller takes.
   test.each(microtasks)(
     "refuses a second reader (concurrent), %p microtasks after the first",
     async (count) => {
@@ -378,13 +379,13 @@ describe("recv", () => {
   describe.each(receivers)(
     "refuses other readers until the caller of a $kind has resumed,",
     ({ receive }) => {
-      test.each(microtasks)("%p microtasks after its call", async (count) => {
+      test.each(microtasks)("tried after %p microtasks", async (count) => {
         const { sock, peer } = await pair();
         peer.write("?" + "line\nbody!x".repeat(128));
         await sock.recv(1); // All the rest has arrived, too.
         for (let round = 0; round < 128; round += 1) {
-          // One more call in every other round makes the first reader's a 64th call in some rounds,
-          // which yields to the event loop before it resolves.
+          // An extra call in every other round makes the first reader's call a 64th in some rounds.
+          // Such a call yields to the event loop before it resolves.
           if (round % 2 === 0) await sock.sendAll("");
           let hasGoneOn = false;
           const first = receive(sock, 5).then((line) => {
@@ -407,7 +408,7 @@ describe("recv", () => {
     },
   );
 
-  test("frees a large piece once it is taken, and no memory that other bytes share (leak)", async () => {
+  test("frees a large piece once it is taken, but no memory that other bytes share (leak)", async () => {
     // The socket is a fake, because Bun gives each piece memory of its own.
     const { sock, socket } = fakeConnection();
     const alone = Buffer.from(new ArrayBuffer(50_000));
@@ -449,7 +450,7 @@ describe("recvUntil", () => {
       gives: ["GET / HTTP/1.1\r\n", "Host: example\r\n", "\r\n", ""],
     },
     {
-      kind: "finds a delimiter of bytes",
+      kind: "finds a delimiter given as bytes",
       delimiter: Uint8Array.of(0, 1),
       pieces: ["a\0b\0\x01c\0\x01"],
       gives: ["a\0b\0\x01", "c\0\x01", ""],
@@ -569,7 +570,7 @@ describe("recvUntil", () => {
     },
   );
 
-  test("waits for the delimiter of its call, even if the caller changes the buffer", async () => {
+  test("waits for the delimiter it was called with, even if the caller changes the buffer", async () => {
     const { sock, peer } = await pair();
     const delimiter = Buffer.from("\n");
     const receiving = sock.recvUntil(delimiter, 100);
@@ -590,18 +591,18 @@ describe("recvUntil", () => {
     }
     const timeOfRecv = await timeOf(() => sock.recv(2));
     const timeOfRecvUntil = await timeOf(() => sock.recvUntil("ab", 2));
-    // If each call searched everything, it would be about 15.
+    // If each call searched everything, the ratio would be about 15.
     expect(timeOfRecvUntil / timeOfRecv).toBeLessThan(6);
   });
 
   const idlers = [
     {
-      kind: "waits with its last few bytes",
+      kind: "waits, holding the last few bytes of the piece",
       idle: (sock: Connection) => void failure(sock.recvUntil("\n", 100)), // to the end of the test
     },
     { kind: "has taken all of it", idle: (sock: Connection) => recvAll(sock, 4) },
   ];
-  test.each(idlers)("does not keep a large piece alive when it $kind (leak)", async ({ idle }) => {
+  test.each(idlers)("does not keep a large piece alive while it $kind (leak)", async ({ idle }) => {
     const largePieces: WeakRef<Buffer>[] = [];
     const onData = Connection.handlers.data;
     using handler = spyOn(Connection.handlers, "data");
@@ -620,7 +621,7 @@ describe("recvUntil", () => {
     handler.mockClear(); // A spy keeps what it was called with.
     Bun.gc(true);
     const kept = largePieces.filter((piece) => piece.deref() !== undefined);
-    expect(kept.length).toBeLessThan(10); // The garbage collector may not see all that is garbage.
+    expect(kept.length).toBeLessThan(10); // The garbage collector may miss some garbage.
   });
 });
 
@@ -764,7 +765,7 @@ describe("sendAll", () => {
     const others = [send("b"), send("c")];
     const reading = receivedBy(peer);
     await first;
-    others.push(send("d")); // Another one has its turn now, and this one may not overtake it.
+    others.push(send("d")); // Another one has its turn now, and this one must not overtake it.
     await Promise.all(others);
     sock.close();
     const received = String(await reading);
@@ -782,7 +783,7 @@ describe("sendAll", () => {
     await Promise.all(calls);
   });
 
-  test("sends what a growable buffer held at the call (SharedArrayBuffer)", async () => {
+  test("sends what a growable buffer held when it was called (SharedArrayBuffer)", async () => {
     const { sock, peer, room } = await pairWithRoom(0.05);
     const first = new SharedArrayBuffer(5, { maxByteLength: 10 });
     const second = new SharedArrayBuffer(5, { maxByteLength: 10 });
@@ -858,7 +859,7 @@ describe("sendAll", () => {
     expect(await sending).toMatchObject({ code: "ECONNRESET" });
   });
 
-  test("rejects with EPIPE if the peer has ended, and then reset the connection", async () => {
+  test("rejects with EPIPE if the peer ended its stream and then reset the connection", async () => {
     const { sock, peer } = await pair();
     peer.end();
     expect(await sock.recv(1)).toHaveLength(0);
@@ -870,7 +871,7 @@ describe("sendAll", () => {
     });
   });
 
-  test("tries once more when its time is up, because Bun does not report a little room", async () => {
+  test("tries once more when its time is up, because Bun does not report small amounts of room", async () => {
     const { sock, peer, room } = await pairWithRoom(0.05);
     const first = sock.sendAll("hello");
     room.bytes = 5;
@@ -937,7 +938,7 @@ describe("an interrupted sendAll", () => {
     });
   });
 
-  test("leaves the stream intact if no byte was sent, and a later one goes out", async () => {
+  test("leaves the stream intact if no byte was sent, and a later call goes out", async () => {
     const { sock, peer, room } = await pairWithRoom(SHORT);
     expect(await failure(sock.sendAll("hello"))).toMatchObject({ code: "ETIMEDOUT" });
     room.bytes = Infinity;
@@ -995,12 +996,12 @@ describe("an interrupted sendAll", () => {
     expect(await streamTo(peer)).toEqual({ received: Buffer.from("first"), ending: "end" });
   });
 
-  test("does not affect the one before it, which the kernel has accepted and not yet delivered", async () => {
+  test("does not affect the one before it, which the kernel has accepted but not yet delivered", async () => {
     const { sock, peer } = await pair();
     const reading = streamTo(peer);
     const first = sock.sendAll(TOO_MUCH);
     const second = sock.sendAll("x");
-    second.catch(() => {}); // It is sent, or the close stops it before a byte is.
+    second.catch(() => {}); // Either it is sent, or the close stops it before its first byte.
     await first;
     sock.close();
     const { received, ending } = await reading;
@@ -1045,7 +1046,7 @@ describe("shutdown", () => {
     expect(String(await receiving)).toBe("hello");
   });
 
-  test("may be called again, and after a close", async () => {
+  test("may be called again, even after a close", async () => {
     const { sock, peer } = await pair();
     sock.shutdown();
     sock.shutdown();
@@ -1101,7 +1102,7 @@ describe.each(["close", "abort"] as const)("%s", (name) => {
     expect(await failure(sock.sendAll(""))).toMatchObject(closed);
   });
 
-  test("discards what has arrived and was not received", async () => {
+  test("discards what has arrived but was not received", async () => {
     const { sock, peer } = await pair();
     peer.write("hello");
     expect(String(await sock.recv(1))).toBe("h"); // The rest has arrived, too.
@@ -1126,9 +1127,9 @@ describe.each(["close", "abort"] as const)("%s", (name) => {
   });
 
   test.skipIf(!HAS_PROC)(
-    "leaves no descriptor open if a sendAll has met a reset before",
+    "leaves no descriptor open if a sendAll has already met a reset",
     async () => {
-      const before = openSockets(); // Earlier tests have left some, which may go meanwhile.
+      const before = openSockets(); // Earlier tests have left some, which may close meanwhile.
       const { sock, peer } = await pair(); // and a listener, which stays open
       peer.write("unread");
       await pollSockets(); // Bun has read that, and reads no more.
@@ -1212,7 +1213,7 @@ describe("close", () => {
     expect(await failure(once(peer, "close"))).toBeInstanceOf(Error);
   });
 
-  test("does not linger if the peer has ended before", async () => {
+  test("does not linger if the peer has already ended its stream", async () => {
     const { sock, peer } = await pair();
     peer.end();
     expect(await sock.recv(1)).toHaveLength(0);
@@ -1221,7 +1222,7 @@ describe("close", () => {
     expect(timers).not.toHaveBeenCalled();
   });
 
-  test("does not linger if a sendAll has met a reset before", async () => {
+  test("does not linger if a sendAll has already met a reset", async () => {
     const { sock, peer } = await pair();
     peer.resetAndDestroy();
     expect(await failure(sock.sendAll("x"))).toMatchObject({ code: "ECONNRESET" });
@@ -1232,7 +1233,7 @@ describe("close", () => {
 });
 
 describe("abort", () => {
-  test("resets the connection, so that the peer does not take a truncated reply for the whole", async () => {
+  test("resets the connection, so that the peer does not mistake a truncated reply for a whole one", async () => {
     const { sock, peer } = await pair();
     const reading = streamTo(peer);
     await sock.sendAll("half an answer");
@@ -1362,7 +1363,7 @@ describe("timeout", () => {
 
   const invalid = [0, -1, NaN, "x", "5", undefined] as number[];
   test.each(invalid)(
-    "may not be set to %p (zero, negative, no number), and stays what it was",
+    "may not be set to %p (zero, negative, not a number), and keeps its value",
     async (timeout) => {
       const { sock } = await pair();
       const assign = () => {
@@ -1440,38 +1441,41 @@ describe("a busy connection", () => {
     { event: "when the peer begins to read late", happen: (peer: net.Socket) => peer.resume() },
     { event: "when the peer resets", happen: (peer: net.Socket) => peer.resetAndDestroy() },
   ];
-  test.each(events)("yields while a long queue of sendAll is done: $event", async ({ happen }) => {
-    const { sock, peer } = await pair();
-    let inThisTurn = 0;
-    let most = 0;
-    function count(): void {
-      inThisTurn += 1;
-      most = Math.max(most, inThisTurn);
-    }
-    const first = sock.sendAll(TOO_MUCH).catch(() => {});
-    const calls: Promise<void>[] = [];
-    for (let i = 0; i < COUNT; i += 1) calls.push(sock.sendAll("x").then(count, count));
-    happen(peer);
-    await first;
-    let isDone = false;
-    const done = Promise.all(calls).then(() => {
-      isDone = true;
-    });
-    while (!isDone) {
-      inThisTurn = 0;
-      await new Promise((resolve) => setImmediate(resolve));
-    }
-    await done;
-    expect(most).toBeGreaterThan(0);
-    expect(most).toBeLessThanOrEqual(64);
-  });
+  test.each(events)(
+    "yields while it works through a long queue of sendAll calls: $event",
+    async ({ happen }) => {
+      const { sock, peer } = await pair();
+      let inThisTurn = 0;
+      let most = 0;
+      function count(): void {
+        inThisTurn += 1;
+        most = Math.max(most, inThisTurn);
+      }
+      const first = sock.sendAll(TOO_MUCH).catch(() => {});
+      const calls: Promise<void>[] = [];
+      for (let i = 0; i < COUNT; i += 1) calls.push(sock.sendAll("x").then(count, count));
+      happen(peer);
+      await first;
+      let isDone = false;
+      const done = Promise.all(calls).then(() => {
+        isDone = true;
+      });
+      while (!isDone) {
+        inThisTurn = 0;
+        await new Promise((resolve) => setImmediate(resolve));
+      }
+      await done;
+      expect(most).toBeGreaterThan(0);
+      expect(most).toBeLessThanOrEqual(64);
+    },
+  );
 });
 
 describe("a connection", () => {
   test("carries bytes both ways at once, in pieces of any size", async () => {
     const pattern = Uint8Array.from({ length: 251 }, (_, i) => i);
     const data = Buffer.alloc(16 * MiB, pattern);
-    const sizes = [1, 16, 1000, 65_536, 1_000_003]; // again and again
+    const sizes = [1, 16, 1000, 65_536, 1_000_003]; // in rotation
 
     async function sendPieces(sock: Connection): Promise<void> {
       let start = 0;
@@ -1562,7 +1566,8 @@ describe("a connection", () => {
       using sock = await connect("127.0.0.1", listener.port);
       for (const { sockname } of [sock, await accepted.promise]) {
         const port = sockname.port.toString(16).toUpperCase().padStart(4, "0");
-        // The kernel's list of connections: the timer of kind 2 is keep-alive. It counts in 1/100 s.
+        // The kernel's list of connections: the timer of kind 2 is keep-alive. It counts in 1/100
+        // s.
         const list = readFileSync("/proc/net/tcp", "latin1");
         const found = new RegExp(`: 0100007F:${port} .* 02:([0-9A-F]{8}) `).exec(list);
         expect(found).not.toBeNull();
@@ -1595,7 +1600,7 @@ describe("a connection", () => {
     // would.
     const { sock, socket } = fakeConnection();
     const receiving = failure(sock.recv(1));
-    const error = Object.assign(new Error("what Bun says of it"), { code: "ETIMEDOUT" });
+    const error = Object.assign(new Error("what Bun says about it"), { code: "ETIMEDOUT" });
     void Connection.handlers.close?.(socket, error);
     const vanished = { code: "EHOSTUNREACH", message: "host unreachable" };
     expect(await receiving).toMatchObject(vanished);
@@ -1620,7 +1625,7 @@ describe("connect", () => {
     const error = await failure(connect("127.0.0.1", 1));
     expect(error).toMatchObject({
       code: "",
-      message: "cannot connect to ('127.0.0.1', 1): what Bun says of it",
+      message: "cannot connect to ('127.0.0.1', 1): what Bun says about it",
     });
   });
 
@@ -1670,7 +1675,7 @@ describe("connect", () => {
   });
 
   const addresses = ["127.0.0.1", "0.0.0.0", "255.255.255.255"];
-  test.each(addresses)("does not look up %p, which is an address already", async (host) => {
+  test.each(addresses)("does not look up %p, which is already an address", async (host) => {
     using lookup = lookupFinds([]);
     using dialled = refuses("connect", "ECONNREFUSED");
     await failure(connect(host, 1));
@@ -1698,11 +1703,11 @@ describe("connect", () => {
     { code: "DNS_ENOTFOUND", words: "name or service not known" },
     { code: "DNS_EAI_AGAIN", words: "temporary failure in name resolution" },
     { code: "DNS_EBADFAMILY", words: "address family for hostname not supported" },
-    { code: "DNS_NEW", words: "what Bun says of it" },
+    { code: "DNS_NEW", words: "what Bun says about it" },
   ];
   test.each(unknown)("says why a name cannot be resolved: $code", async ({ code, words }) => {
     using lookup = spyOn(Bun.dns, "lookup");
-    const cause = Object.assign(new Error("what Bun says of it"), { code });
+    const cause = Object.assign(new Error("what Bun says about it"), { code });
     lookup.mockRejectedValueOnce(cause);
     const error = await failure(connect("it's\x1b[2J", 1));
     expect(error).toBeInstanceOf(SocketError);
@@ -1722,7 +1727,7 @@ describe("connect", () => {
     });
   });
 
-  test("has no timeout unless one is given, and gives the connection its own", async () => {
+  test("has no timeout by default, and passes a given one on to the connection", async () => {
     const { port } = await peerServer();
     using patient = await connect("127.0.0.1", port);
     using hasty = await connect("127.0.0.1", port, 5);
@@ -1730,7 +1735,7 @@ describe("connect", () => {
     expect(hasty.timeout).toBe(5);
   });
 
-  test("counts the look-up in its timeout, and dials nothing after it", async () => {
+  test("counts the lookup towards its timeout, and dials nothing afterwards", async () => {
     const { port } = await peerServer();
     const found = Promise.withResolvers<Bun.DNSLookup[]>();
     using lookup = spyOn(Bun.dns, "lookup");
@@ -1745,7 +1750,7 @@ describe("connect", () => {
     expect(dialled).not.toHaveBeenCalled();
   });
 
-  test("handles a look-up that fails after the timeout", async () => {
+  test("handles a lookup that fails after the timeout", async () => {
     const found = Promise.withResolvers<Bun.DNSLookup[]>();
     using lookup = spyOn(Bun.dns, "lookup");
     lookup.mockReturnValueOnce(found.promise);
@@ -1781,7 +1786,7 @@ describe("connect", () => {
     expect(dialled).toHaveBeenCalledTimes(1);
   });
 
-  test("resolves to a connection without addresses, as Bun gives it after an early reset", async () => {
+  test("resolves to a connection without addresses, such as Bun gives after an early reset", async () => {
     // The socket is a fake: no test can reliably reset one so early.
     const socket = { setKeepAlive() {}, pause() {} } as unknown as Socket<Connection>;
     using dialled = spyOn(Bun, "connect");
@@ -1797,7 +1802,7 @@ describe("connect", () => {
   });
 });
 
-/** Wrong arguments: the mistakes of a caller, which Bun is not asked about. */
+/** Wrong arguments, which are rejected without asking Bun. */
 describe.each([
   {
     name: "connect",
@@ -1849,7 +1854,7 @@ describe("listen", () => {
     expect(error).toMatchObject({ message: `serve must be a function, not ${serve}` });
   });
 
-  test("lets a serve that fails abort, so that the client sees a reset", async () => {
+  test("lets `serve` abort before it throws, so that the client sees a reset", async () => {
     const { err } = captured();
     const listener = await serving(async (sock) => {
       await sock.sendAll("half an ans");
@@ -1952,7 +1957,7 @@ describe("listen", () => {
 
   test("rejects with an error whose stack leads to its caller, even at the top level of a module", async () => {
     const { port } = await serving(() => {});
-    // `127.1` is looked up. At an address, `listen` would fail before it awaits anything.
+    // `127.1` is looked up. Given an address, `listen` would fail before it awaits anything.
     const script = `
       import { listen } from "./tcp_local.ts";
       await listen("127.1", ${port}, () => {});
@@ -1968,7 +1973,7 @@ describe("listen", () => {
     expect(bound.mock.calls[0]?.[0]).toMatchObject({ exclusive: true });
   });
 
-  test("does not look up what is an address already", async () => {
+  test("does not look up what is already an address", async () => {
     using lookup = lookupFinds([]);
     const listener = await listen("127.0.0.1", 0, () => {});
     cleanups.push(() => listener.stop(true));
@@ -1992,7 +1997,7 @@ describe("listen", () => {
     { error: new SocketError("EHOSTDOWN"), says: "EHOSTDOWN" },
   ];
   test.each(ofTheNetwork)(
-    "tells in one line which client failed and why: $says",
+    "says in one line which client failed and why: $says",
     async ({ error, says }) => {
       const { err } = captured();
       const listener = await serving(() => {
@@ -2093,7 +2098,7 @@ describe("listen", () => {
     expect(await outcome.promise).toMatchObject({ code: "ECONNABORTED" });
   });
 
-  test("lets present clients finish after a `stop()`, and takes no new ones", async () => {
+  test("lets connected clients finish after a `stop()`, and accepts no new ones", async () => {
     const listener = await serving(async (sock) => {
       const message = await sock.recv(100);
       await sock.sendAll(message);
@@ -2130,7 +2135,7 @@ describe("listen", () => {
     expect(await sock.recv(1)).toHaveLength(0); // For the client, the stream has ended.
   });
 
-  test("serves 300 clients that reset at once: first their messages, then the reset", async () => {
+  test("receives from 300 clients that reset immediately: first their messages, then the resets", async () => {
     const messages: string[] = [];
     const errors: unknown[] = [];
     const listener = await serving(async (sock) => {
@@ -2203,8 +2208,8 @@ describe("the server", () => {
     const { out, err } = captured();
     const port = await programServer();
     const { peer, name } = await peerClient(port);
-    // As a blocking client would, this one sends all before it reads. If the server did not linger,
-    // the client would meet a reset here, and never see the reply.
+    // As a blocking client would, this one sends everything before it reads. If the server did not
+    // linger, the client would meet a reset here, and never see the reply.
     peer.end(sends);
     await once(peer, "finish");
     const reply = await receivedBy(peer);
@@ -2218,7 +2223,7 @@ describe("the server", () => {
 
   const lengths = [0, 1, 15];
   test.each(lengths)(
-    "names a client that ends after %p bytes, and keeps serving",
+    "names a client that ends its stream after %p bytes, and keeps serving",
     async (length) => {
       const { err } = captured();
       const port = await programServer();
@@ -2268,7 +2273,7 @@ describe("the server", () => {
     const port = await programServer();
     using timers = spyOn(globalThis, "setTimeout");
     using sock = await connect("127.0.0.1", port);
-    await until("the server waits", () => timers.mock.calls.length > 0);
+    await until("the server is waiting", () => timers.mock.calls.length > 0);
     expect(timers.mock.calls.map(([, milliseconds]) => milliseconds)).toEqual([60_000]);
     await sock.sendAll(MESSAGE);
     await recvAll(sock, 16);
@@ -2302,7 +2307,7 @@ describe("the client", () => {
 
   const failures = [
     ...[0, 4, 15].map((length) => ({
-      kind: `the server ends after ${length} bytes`,
+      kind: `the server ends its stream after ${length} bytes`,
       answer: (peer: net.Socket) => peer.end("Farewell, client".slice(0, length)),
       message: `socket closed ${length} bytes into a 16-byte message`,
     })),
@@ -2333,8 +2338,8 @@ describe("the client", () => {
   });
 });
 
-// Another program may hold port 1060 at 127.0.0.1, which every machine has. Linux has all of
-// 127.0.0.0/8, and no other process has this one's number.
+// Another program may hold port 1060 at 127.0.0.1. On Linux, all of 127.0.0.0/8 is this machine's,
+// so an address made from the process ID is tried first.
 const { pid } = process;
 const ownHost = `127.${64 + ((pid >> 16) & 63)}.${(pid >> 8) & 255}.${pid & 255}`;
 const host = await firstFreeHost([ownHost, "127.0.0.1"], 1060);
@@ -2424,7 +2429,7 @@ describe("the command line", () => {
     expect(err).toEqual(["tcp_local.ts: cannot listen at ('127.0.0.1', 1060): permission denied"]);
   });
 
-  test("exits with 2 and prints its usage to standard error when it is used wrongly (exit status)", async () => {
+  test("exits with 2 and prints its usage to standard error when it is used incorrectly (exit status)", async () => {
     expect(await run(["tcp_local.ts"])).toEqual({ status: 2, out: "", err: `${usage}\n` });
   });
 
@@ -2437,7 +2442,7 @@ describe("the command line", () => {
   });
 
   test("exits with 1 and one line on standard error when it fails (exit status)", async () => {
-    // Listening at an address that no machine has sends nothing.
+    // No machine has this address, and listening there sends nothing.
     expect(await run(["tcp_local.ts", "server", "192.0.2.1"])).toEqual({
       status: 1,
       out: "",
@@ -2482,7 +2487,7 @@ describe("the command line", () => {
   testOnPort("tells a second server in one line that the address is in use", async () => {
     const server = spawn(["tcp_local.ts", "server", `${host}`]);
     const out = linesOf(server.stdout);
-    await out.next(); // The first one listens.
+    await out.next(); // The first one is listening.
     expect(await run(["tcp_local.ts", "server", `${host}`])).toEqual({
       status: 1,
       out: "",
@@ -2550,7 +2555,7 @@ describe("the README", () => {
     expect(await run(["-e", script])).toEqual({ status: 0, out: "Farewell, client\n", err: "" });
   });
 
-  test("has a server and a client for messages with their length in front", async () => {
+  test("has a server and a client for length-prefixed messages", async () => {
     const script = readmeBlock("Save it as `echo.ts`", "ts");
     const { port, err } = await spawnServer(onFreePort(script));
     const saying = readmeBlock("as `say.ts`", "ts").replace("1061", `${port}`);
@@ -2563,7 +2568,8 @@ describe("the README", () => {
     const hasty = await peerClient(port);
     hasty.peer.end("\0\0");
     expect(await receivedBy(hasty.peer)).toHaveLength(0);
-    // The first line on standard error is this one: the clients before were served to their end.
+    // The first line on standard error is this one: the earlier clients were served without an
+    // error.
     const line = `${hasty.name}: socket closed 2 bytes into a 4-byte message`;
     expect((await err.next()).value).toBe(line);
 
@@ -2579,7 +2585,7 @@ describe("the README", () => {
     { kind: "a header that is cut off", response: "Content-Len", says: "too long, or cut off" },
     { kind: "a body that is cut off", response: "Content-Length: 5\r\n\r\nhel", says: "3 bytes" },
     { kind: "no length", response: "\r\nhello", says: "missing, or too large" },
-    { kind: "a great length", response: "Content-Length: 1000001\r\n\r\n", says: "too large" },
+    { kind: "an excessive length", response: "Content-Length: 1000001\r\n\r\n", says: "too large" },
   ];
   test.each(responses)("reads lines and then bytes: $kind", async ({ response, says }) => {
     const { port, accepted } = await peerServer();
@@ -2702,7 +2708,7 @@ describe.skipIf(!HAS_PROC)("under load", () => {
     expect(peakMemory(server.pid) - before).toBeLessThan(48 * MiB);
   });
 
-  test("a server that does not read buffers 512 KiB for each of 100 floods (backpressure)", async () => {
+  test("a server that does not read buffers about 512 KiB for each of 100 floods (backpressure)", async () => {
     const script = `
       import { listen } from "./tcp_local.ts";
       const listener = await listen("127.0.0.1", 0, async (sock) => {
@@ -2786,7 +2792,7 @@ describe.skipIf(!HAS_PROC)("under load", () => {
 
 // ---- Helpers ------------------------------------------------------------------------------------
 
-/** What is stopped after each test, however it ended. */
+/** What to run after each test, however it ends. */
 const cleanups: (() => unknown)[] = [];
 afterEach(async () => {
   for (const cleanup of cleanups) await cleanup();
@@ -2813,7 +2819,7 @@ function fakeConnection(): { sock: Connection; socket: Socket<Connection> } {
 
 /** How much the kernel accepts of what a connection sends. At first, it accepts nothing. */
 interface Room {
-  /** How many more bytes it accepts. A test may assign to it, and Bun does not report that room. */
+  /** How many more bytes it accepts. If a test assigns to it, Bun does not report that room. */
   bytes: number;
   /** Makes room for that many bytes, and has Bun report it, as it does when there is plenty. */
   make(bytes: number): void;
@@ -2891,7 +2897,7 @@ async function readSlowly(peer: net.Socket, sending: Promise<void>): Promise<voi
   });
 }
 
-/** What `peer` reads until `sending` is done, which may need room. It is also told to `onBytes`. */
+/** What `peer` reads, to make room, until `sending` is done. Each piece also goes to `onBytes`. */
 async function readWhile(
   peer: net.Socket,
   sending: Promise<void>,
@@ -3004,7 +3010,7 @@ async function pollSockets(): Promise<void> {
 }
 
 /**
- * Resolves when `condition` holds. After 10 seconds, it rejects and says what it has waited for.
+ * Resolves when `condition` holds. After 10 seconds, it rejects and says what it was waiting for.
  */
 async function until(words: string, condition: () => boolean): Promise<void> {
   const deadline = performance.now() + 10_000;
@@ -3055,7 +3061,7 @@ async function firstFreeHost(hosts: string[], port: number): Promise<string | un
   return undefined;
 }
 
-/** Makes every look-up find `addresses`. Declare it with `using`. */
+/** Makes every lookup find `addresses`. Declare it with `using`. */
 function lookupFinds(addresses: string[]) {
   const lookup = spyOn(Bun.dns, "lookup");
   const found = addresses.map((address) => ({ address, family: 4 as const, ttl: 0 }));
@@ -3067,7 +3073,7 @@ function lookupFinds(addresses: string[]) {
 function refuses(name: "listen" | "connect", code: string | undefined) {
   const spy = spyOn(Bun, name);
   spy.mockImplementation(() => {
-    throw Object.assign(new Error("what Bun says of it"), { code });
+    throw Object.assign(new Error("what Bun says about it"), { code });
   });
   return spy;
 }
@@ -3111,7 +3117,7 @@ async function run(args: string[], executable?: string): Promise<Outcome> {
   return { status, out, err };
 }
 
-/** Starts a script that prints the port it listens on, last in its first line. */
+/** Starts a script that prints the port it listens on at the end of its first line. */
 async function spawnServer(script: string) {
   const server = spawn(["-e", script]);
   const out = linesOf(server.stdout);
@@ -3136,7 +3142,7 @@ function temporaryDirectory(): string {
   return directory;
 }
 
-/** The lines of a stream, each as soon as it is there. */
+/** The lines of a stream, each as soon as it arrives. */
 async function* linesOf(stream: ReadableStream<Uint8Array>): AsyncGenerator<string, void> {
   let text = "";
   for await (const bytes of stream) {
@@ -3147,7 +3153,7 @@ async function* linesOf(stream: ReadableStream<Uint8Array>): AsyncGenerator<stri
   }
 }
 
-/** A socket whose `recv` gives the `pieces`, one a call, and that notes what it was asked for. */
+/** A socket whose `recv` gives the `pieces`, one per call, and records what it was asked for. */
 function scripted(pieces: Buffer[]): { recv(maxLength: number): Promise<Buffer>; asked: number[] } {
   const asked: number[] = [];
   async function recv(maxLength: number): Promise<Buffer> {
@@ -3170,13 +3176,13 @@ function cut(bytes: Buffer, cuts: number): Buffer[] {
   return pieces;
 }
 
-/** The server of the program, as a script for a process: on a free port. */
+/** The program's server on a free port, as a script for another process. */
 const SERVER = `
   import { server } from "./tcp_local.ts";
   await server("127.0.0.1", 0);
 `;
 
-/** A script of the README that listens at a port of its own: now at a free one, which it prints. */
+/** A script from the README, changed to listen on a free port and to print it. */
 function onFreePort(script: string): string {
   const call = /(const listener = )?await listen\("127\.0\.0\.1", \d+/;
   const listening = script.replace(call, 'const listener = await listen("127.0.0.1", 0');
@@ -3254,32 +3260,33 @@ function countDescriptors(pid: number): number {
 
 /*
  * The outcome of a call depends on what else happens, and in which order: the peer sends, ends its
- * stream or resets, the kernel has room again, a minute passes, this process calls another method.
- * Here a `Connection` and a model go through every short sequence of such moves. They must then
- * agree on the outcome of each call, on what the peer sees, and on whether a timer or the descriptor
- * is still held.
+ * stream, or resets; the kernel has room again; a minute passes; or this process calls another
+ * method. Here a `Connection` and a model go through every short sequence of such moves. They must
+ * then agree on the outcome of each call, on what the peer sees, on what stays in the kernel, and
+ * on whether a timer or the descriptor is still held.
  *
  * - `BlockingSocket` is the model. It says what a connection promises, as plain changes of state:
  *   there are no events in it, and no `await`.
- * - `SimulatedConnection` is a `Connection` whose socket, timers and event loop are simulated. They
- *   behave as Bun's own were observed to behave. This takes microseconds, and a test decides how
- *   much room the kernel has.
- * - `RealConnection` is a `Connection` over a real socket. It shows that Bun and the kernel still
- *   behave as they are simulated.
+ * - `SimulatedConnection` wraps a `Connection` whose socket, timers and event loop are simulated.
+ *   They behave as Bun's own were observed to behave. A sequence takes microseconds, and a test
+ *   decides how much room the kernel has.
+ * - `RealConnection` wraps a `Connection` over a real socket. It shows that Bun and the kernel
+ *   still behave as simulated.
  * - `Network` is the kernel and the peer, as both the model and the simulated connection see them.
  *
  * Here is one sequence, step by step, as the model sees it. At first the kernel has room for one
  * message, which is three bytes.
  *
  *     sendAll           The kernel takes "ABC": `sent` is "ABC", `room` is 0, the call is done.
- *     roomForTwoBytes   `room` is 2. Bun reports it, and no call waits for it.
- *     sendAll           The kernel takes "DE": `sent` is "ABCDE". The call waits with "F".
+ *     roomForTwoBytes   `room` is 2. Bun reports it, but no call is waiting for it.
+ *     sendAll           The kernel takes "DE": `sent` is "ABCDE". The call waits to send "F".
  *     aMinutePasses     The call rejects with `TIMED_OUT`. "ABCDE" does not consist of whole
  *                       messages: the stream has a gap.
  *     close             The stream must not look whole. The peer sees a reset, not an end.
  *
  * When a test fails, it shows the shortest sequence that reveals the mistake. If the program forgot
- * that part of a message was sent, that would not be the sequence above, but this one:
+ * that part of a message was sent, it would show this sequence, which is shorter than the one
+ * above:
  *
  *     after roomForOneByte; then sendAll; then shutdown
  *      got the peer sees "A" and then an end
@@ -3288,31 +3295,31 @@ function countDescriptors(pid: number): number {
  * To add a method to `Connection`, write it in the program first. Then:
  *
  * 1. If it receives, add it to `RECEIVING_METHODS` at the top of this file. Otherwise, add its name
- *    to `SENDING_MOVES`. It is then part of every sequence, and `bun check` names the classes below
- *    that lack it.
- * 2. Add it to `BlockingSocket`, as plain changes of state. If it waits for bytes, let it call
+ *    to `SENDING_MOVES`. It is then one of the moves, and `bun check` names the classes below that
+ *    lack it.
+ * 2. Add it to `BlockingSocket`, as plain changes of state. If it waits for bytes, have it call
  *    `receive` with a function that returns how many of the unread bytes are the result, or 0 if it
  *    has to wait.
- * 3. Add it to `Caller`, which calls the method itself. `RealConnection` inherits it.
+ * 3. Add it to `Caller`, which calls the real method. `RealConnection` inherits it.
  * 4. Add it to `SimulatedConnection`, which passes the call on to its `Caller`.
- * 5. Run the suite. "prints its addresses and its methods" fails until it lists the method. All that
- *    holds for every method in `RECEIVING_METHODS` is tested already: its arguments, its stack, that
- *    it yields, that it excludes other readers, and that `close` makes it reject. (If "refuses other
- *    readers" fails, the method may settle too late: it must return the promise of `#receive`
- *    itself, without `then` or `async`.)
+ * 5. Run the suite. "prints its addresses and its methods" fails until it lists the method.
+ *    Everything that holds for every method in `RECEIVING_METHODS` is tested already: its
+ *    arguments, its stack, that it yields, that it excludes other readers, and that `close` makes
+ *    it reject. (If "refuses other readers" fails, the method may settle too late: it must return
+ *    the promise of `#receive` itself, without `then` or `async`.)
  * 6. If it has a section of its own, name the section in the list at the top of this file.
  *
  * Three kinds of methods need more than that:
  *
- * - A method that leaves the bytes. `Reader` needs a flag, which `settleReader` passes on in both
- *   places where it takes bytes. "refuses other readers" must take the line with one more `recv`:
- *   before the second call if the connection is free, and after it otherwise.
- * - A method whose result is not the bytes. `Reader` needs a function that shows the result, for the
- *   same two places.
+ * - A method that leaves the bytes unread. `Reader` needs a flag, which `settleReader` passes to
+ *   `takeUnread` in both places. In "refuses other readers", take the line with one more `recv`:
+ *   before the second call if `isFree`, otherwise after it.
+ * - A method whose result is not the bytes. `Reader` needs a function that turns the bytes into the
+ *   outcome, for the same two places.
  * - A method whose results could share memory. The model compares them as text, so the method needs
  *   a test of its own.
  *
- * One more move makes the tests of the model take about half as long again.
+ * One more move makes the tests of the model take about 50% longer.
  *
  * If several tests of the model fail, read the first of the simulated ones: its sequence is the
  * shortest.
@@ -3323,7 +3330,7 @@ describe("every order of events", () => {
   });
 
   // The shorter sequences come first, so that the first failure is the shortest. At these lengths,
-  // no test takes more than about two seconds. With sequences longer by one, the longest would take
+  // no test takes more than about two seconds. With sequences longer by one, the slowest would take
   // forty seconds.
   test.each([1, 2, 3, 4])(
     "agrees with the model for every sequence of length %p, however it is split into turns",
@@ -3334,12 +3341,12 @@ describe("every order of events", () => {
     },
   );
 
-  test("agrees with the model for every sequence of length 5 of a connection that receives", () => {
+  test("agrees with the model for every sequence of 5 moves on a receiving connection", () => {
     const some = [...RECEIVING_MOVES, "close", "aMinutePasses"] as const;
     for (const moves of sequences(5, some)) compare(oneATurn(moves));
   });
 
-  test("agrees with the model for every sequence of length 5 of a connection that sends", () => {
+  test("agrees with the model for every sequence of 5 moves on a sending connection", () => {
     const some = [...SENDING_MOVES, ...ROOM_MOVES, "close", "aMinutePasses"] as const;
     for (const moves of sequences(5, some)) compare(oneATurn(moves));
   });
@@ -3354,7 +3361,7 @@ describe("every order of events", () => {
     },
   );
 
-  test("agrees with the model on real sockets for every sequence of length 4 of quick moves", async () => {
+  test("agrees with the model on real sockets for every sequence of 4 quick moves", async () => {
     using listener = new PeerListener();
     for (const moves of sequences(4, QUICK_REAL_MOVES)) {
       await compareReal(oneATurn(moves), listener);
@@ -3378,7 +3385,7 @@ type Move = (typeof MOVES)[number];
 
 /** The moves on a real socket. How much room its kernel has is not known. */
 const QUICK_REAL_MOVES = [...RECEIVING_MOVES, ...SENDING_MOVES, "close"] as const;
-/** The last two take longer. After them, the kernel has taken a part of a message, and is full. */
+/** The last two take longer. `sendTooMuch` fills the kernel with part of a message. */
 const REAL_MOVES = [...QUICK_REAL_MOVES, "sendTooMuch", "threeMinutesPass"] as const;
 type RealMove = (typeof REAL_MOVES)[number];
 
@@ -3427,7 +3434,10 @@ function* sequences<Some extends string>(
   }
 }
 
-/** A peer that has reset does nothing more. One that has ended does not send, or end again. */
+/**
+ * A peer that has reset does nothing more. One that has ended its stream does not send, or end it
+ * again.
+ */
 function isPossible(move: string, before: string[]): boolean {
   if (before.includes("peerResets")) return !PEER_MOVES.includes(move);
   if (before.includes("peerEnds")) return move !== "pieceArrives" && move !== "peerEnds";
@@ -3510,7 +3520,7 @@ async function compareReal(turns: RealMove[][], listener: PeerListener): Promise
   real.end();
 }
 
-/** All that is compared of a simulated connection and the model. */
+/** Everything that is compared between a simulated connection and the model. */
 function shown(socket: SimulatedConnection | BlockingSocket): string {
   const kernel = `unread in the kernel "${socket.inKernel}"`;
   const descriptor = socket.isOpen ? kernel : "the socket is gone";
@@ -3527,7 +3537,7 @@ function shownToPeer(socket: { sent: string; ending: Ending }): string {
 }
 
 /**
- * Throws if what was got is not what was wanted, and says which lines differ, after which moves.
+ * Throws if `got` differs from `want`, and says which lines differ, after which moves.
  */
 function expectSame(turns: string[][], got: string, want: string): void {
   if (got === want) return;
@@ -3560,7 +3570,7 @@ type Ending = "nothing" | "an end" | "a reset";
  * on real sockets a full kernel never gets room again.
  */
 class Network {
-  /** What has arrived in the kernel, and Bun has not read. */
+  /** What has arrived in the kernel, but Bun has not read. */
   inKernel = "";
   /** How many pieces have arrived. */
   pieces = 0;
@@ -3582,7 +3592,7 @@ class Network {
   isOpen = true;
   /** Whether Bun was told not to read. */
   isPaused = false;
-  /** The calls, in their order. */
+  /** The calls, in order. */
   calls: Call[] = [];
 
   pieceArrives(): void {
@@ -3603,7 +3613,9 @@ class Network {
     this.room = 1;
   }
 
-  /** Bun reports room only when there is a lot. Here, two bytes are a lot, but no whole message. */
+  /**
+   * Bun reports room only when there is a lot. Here, two bytes are a lot, but less than a message.
+   */
   roomForTwoBytes(): void {
     this.room = 2;
   }
@@ -3625,7 +3637,7 @@ class Network {
   }
 
   get ending(): Ending {
-    if (this.hasReset) return "nothing"; // A peer that has reset sees neither.
+    if (this.hasReset) return "nothing"; // A peer that has reset sees neither an end nor a reset.
     if (this.hasSentFin) return "an end"; // A reset that follows an end does not undo it.
     if (this.hasSentReset) return "a reset";
     return "nothing";
@@ -3659,13 +3671,13 @@ type Writer = {
 
 /** The model: what a connection promises, as plain changes of state. */
 class BlockingSocket extends Network {
-  /** What Bun has read, and no call has returned. */
+  /** What Bun has read, but no call has returned. */
   unread = "";
   /** The call that waits to receive. There can only be one. */
   reader: Reader | undefined;
   /** Whether a call that receives is pending. It stays pending until its caller resumes. */
   isReaderBusy = false;
-  /** The calls of `sendAll` that wait, in their order. Only the first of them sends. */
+  /** The waiting calls of `sendAll`, in order. Only the first of them sends. */
   writers: Writer[] = [];
   /** How many messages `sendAll` was given. */
   messages = 0;
@@ -3679,7 +3691,7 @@ class BlockingSocket extends Network {
   peerHasEnded = false;
   /** Whether it has heard that the connection is gone. */
   isDisconnected = false;
-  /** Why the connection broke. It is empty while it has not. The first reason stays. */
+  /** Why the connection broke. Empty if it has not. The first reason stays. */
   failure = "";
 
   /** Resolves to what has arrived, as soon as there is any, or to the end of the stream. */
@@ -3735,7 +3747,10 @@ class BlockingSocket extends Network {
     if (!this.hasGap) this.sendFin();
   }
 
-  /** Ends what this side sends, and lingers until the peer ends. Resets if there is a gap. */
+  /**
+   * Ends what this side sends, and lingers until the peer ends its stream. Resets if there is a
+   * gap.
+   */
   close(): void {
     if (this.hasClosed) return;
     if (this.hasGap) {
@@ -3791,7 +3806,7 @@ class BlockingSocket extends Network {
     this.turn(); // What has arrived counts, even if the timers fire first.
     const isReaderLate = this.reader === readerBefore && this.unread === unreadBefore;
     if (isReaderLate) this.timeOutReader();
-    if (isWriting && this.sent === sentBefore) this.write(); // Bun does not report a little room.
+    if (isWriting && this.sent === sentBefore) this.write(); // Bun does not report small amounts of room.
     if (isWriting && this.sent === sentBefore) this.timeOutWriter();
     if (this.hasClosed) this.isOpen = false; // It lingers no longer.
     this.isReaderBusy = this.reader !== undefined;
@@ -3802,7 +3817,7 @@ class BlockingSocket extends Network {
     for (let i = 0; i < 3; i += 1) this.aMinutePasses();
   }
 
-  /** The timers that run, in seconds: one for whatever waits. */
+  /** The timers that run, in seconds: one for each thing that waits. */
   timers(): number[] {
     const timers: number[] = [];
     if (this.reader !== undefined) timers.push(TIMEOUT);
@@ -3822,7 +3837,7 @@ class BlockingSocket extends Network {
   }
 
   private hearEnd(): void {
-    if (this.failure === "") this.peerHasEnded = true; // After a failure, it is no end.
+    if (this.failure === "") this.peerHasEnded = true; // After a failure, it does not count.
     if (this.hasSentFin) this.disconnect(); // Both sides have ended.
   }
 
@@ -3842,7 +3857,7 @@ class BlockingSocket extends Network {
   }
 
   /**
-   * Gives the reader its bytes. If they will not come any more, it gives what is left at the end of
+   * Gives the reader its bytes. If no more can come, it gives what is left at the end of
    * the stream, or the reason why there is no end.
    */
   private settleReader(): void {
@@ -3859,7 +3874,7 @@ class BlockingSocket extends Network {
 
   private timeOutReader(): void {
     if (this.reader === undefined) return;
-    this.reader.call.outcome = TIMED_OUT; // What it has waited with stays unread.
+    this.reader.call.outcome = TIMED_OUT; // What has arrived for it stays unread.
     this.reader = undefined;
   }
 
@@ -3889,7 +3904,7 @@ class BlockingSocket extends Network {
     }
   }
 
-  /** Fails the calls of `sendAll` that wait if they can no longer be sent. */
+  /** Fails the waiting calls of `sendAll` if they can no longer be sent. */
   private settleWriters(): void {
     const first = this.writers[0];
     if (first === undefined) return;
@@ -4126,14 +4141,14 @@ class SimulatedConnection extends Network {
     }
     // The handler of `data` may have paused the socket. Then Bun looks no further.
     if (!this.isReading()) return;
-    // Bun calls `end` for a write that has failed, too. It does not once this side has ended.
+    // Bun also calls `end` for a failed write, but not after this side has ended its stream.
     const isEndReported = (this.hasFin || this.hasWriteMetReset) && !this.hasSentFin;
     if (isEndReported && !this.hasReportedEnd) {
       this.hasReportedEnd = true;
       this.call("end");
     }
-    // (On a real socket, if Bun has already reported the peer's end, a reset before this side's own
-    // end is reported as an error. Only the text of an `EPIPE` depends on it.)
+    // (A real socket differs in one case: once Bun has reported the peer's end, it reports a reset
+    // as an error until this side ends its stream. Only the text of an `EPIPE` depends on it.)
     const haveBothEnded = this.hasFin && this.hasSentFin;
     const hasError = this.hasReset && !this.hasWriteMetReset && !haveBothEnded;
     if (hasError) this.closeSocket(this.hasFin ? "EPIPE" : "ECONNRESET");
@@ -4263,7 +4278,7 @@ class PeerListener {
         peer.data.ending = "an end";
       },
       close(peer, error) {
-        // When both sides have ended, Bun does not call `end` before.
+        // When both sides have ended their streams, Bun does not call `end` first.
         if (peer.data.ending === "nothing") peer.data.ending = error ? "a reset" : "an end";
       },
     },
