@@ -262,15 +262,15 @@ describe("recv", () => {
     expect(await failure(sock.recv(100))).toMatchObject(reset);
   });
 
-  test("resolves to what arrived before a reset, even if a sendAll met the reset first", async () => {
+  test("resolves to what arrived before a reset, even if a sendAll hit the reset first", async () => {
     const { sock, peer } = await pair();
     peer.write("ab");
     expect(String(await sock.recv(1))).toBe("a");
     peer.write("cd");
-    await pollSockets(); // Bun has read that, and no more, as nobody asks for it.
+    await pollSockets(); // Bun has read that, but it reads no more, because nobody asks for it.
     peer.write("ef");
     peer.resetAndDestroy();
-    // A write meets the reset at once. Bun hears of it when the event loop turns.
+    // A write hits the reset at once. Bun hears of it when the event loop turns.
     expect(await failure(sock.sendAll("x"))).toMatchObject({ code: "ECONNRESET" });
     expect(String(await recvAll(sock, 5))).toBe("bcdef");
     expect(await failure(sock.recv(100))).toMatchObject({ code: "ECONNRESET" });
@@ -354,7 +354,17 @@ describe("recv", () => {
     }
   });
 
-  const microtasks = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]; // The last are more than a first caller takes.
+  test("takes small pieces from a large one without copying the rest each time", async () => {
+    // The socket is a fake, because a kernel with small buffers never delivers so much at once.
+    const { sock, socket } = fakeConnection();
+    void Connection.handlers.data?.(socket, Buffer.alloc(MiB));
+    const start = processorTime();
+    for (let taken = 0; taken < MiB; taken += 64) await sock.recv(64);
+    // Copying the rest each time would copy 8 GiB.
+    expect(processorTime() - start).toBeLessThan(0.5);
+  });
+
+  const microtasks = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]; // After 9, the first caller has resumed.
   test.each(microtasks)(
     "refuses a second reader (concurrent), %p microtasks after the first",
     async (count) => {
@@ -384,8 +394,8 @@ describe("recv", () => {
         peer.write("?" + "line\nbody!x".repeat(128));
         await sock.recv(1); // All the rest has arrived, too.
         for (let round = 0; round < 128; round += 1) {
-          // An extra call in every other round makes the first reader's call a 64th in some rounds.
-          // Such a call yields to the event loop before it resolves.
+          // Every 64th call yields to the event loop before it resolves. The extra call in every
+          // other round shifts the count, so that this befalls the first reader in some rounds.
           if (round % 2 === 0) await sock.sendAll("");
           let hasGoneOn = false;
           const first = receive(sock, 5).then((line) => {
@@ -687,7 +697,7 @@ describe("sendAll", () => {
   const shared = new SharedArrayBuffer(2);
   new Uint8Array(shared).set([7, 8]);
   const payloads = [
-    { kind: "a string as UTF-8", data: "größer", sent: Buffer.from("größer") },
+    { kind: "a string as UTF-8 (Unicode)", data: "größer", sent: Buffer.from("größer") },
     { kind: "nothing for an empty string", data: "", sent: Buffer.alloc(0) },
     { kind: "an ArrayBuffer", data: bytes.buffer, sent: Buffer.from(bytes) },
     { kind: "a SharedArrayBuffer", data: shared, sent: Buffer.of(7, 8) },
@@ -1057,7 +1067,7 @@ describe("shutdown", () => {
     expect(await failure(sock.sendAll("x"))).toMatchObject({ code: "EBADF" });
   });
 
-  test("does not hide a reset that a sendAll has met", async () => {
+  test("does not hide a reset that a sendAll has hit", async () => {
     const { sock, peer } = await pair();
     peer.write("half an answer");
     expect(String(await sock.recv(4))).toBe("half");
@@ -1127,7 +1137,7 @@ describe.each(["close", "abort"] as const)("%s", (name) => {
   });
 
   test.skipIf(!HAS_PROC)(
-    "leaves no descriptor open if a sendAll has already met a reset",
+    "leaves no descriptor open if a sendAll has already hit a reset",
     async () => {
       const before = openSockets(); // Earlier tests have left some, which may close meanwhile.
       const { sock, peer } = await pair(); // and a listener, which stays open
@@ -1222,7 +1232,7 @@ describe("close", () => {
     expect(timers).not.toHaveBeenCalled();
   });
 
-  test("does not linger if a sendAll has already met a reset", async () => {
+  test("does not linger if a sendAll has already hit a reset", async () => {
     const { sock, peer } = await pair();
     peer.resetAndDestroy();
     expect(await failure(sock.sendAll("x"))).toMatchObject({ code: "ECONNRESET" });
@@ -1605,6 +1615,16 @@ describe("a connection", () => {
     const vanished = { code: "EHOSTUNREACH", message: "host unreachable" };
     expect(await receiving).toMatchObject(vanished);
     expect(await failure(sock.sendAll("x"))).toMatchObject(vanished);
+  });
+
+  test("rejects with ECONNABORTED if Bun closes the socket with an error without a code", async () => {
+    // The socket is a fake, because it is not known when Bun does this.
+    const { sock, socket } = fakeConnection();
+    const receiving = failure(sock.recv(1));
+    void Connection.handlers.close?.(socket, new Error("what Bun says about it"));
+    const cutOff = { code: "ECONNABORTED", message: "the connection was cut off" };
+    expect(await receiving).toMatchObject(cutOff);
+    expect(await failure(sock.sendAll("x"))).toMatchObject(cutOff);
   });
 });
 
@@ -2209,7 +2229,7 @@ describe("the server", () => {
     const port = await programServer();
     const { peer, name } = await peerClient(port);
     // As a blocking client would, this one sends everything before it reads. If the server did not
-    // linger, the client would meet a reset here, and never see the reply.
+    // linger, the client would see a reset here, and never the reply.
     peer.end(sends);
     await once(peer, "finish");
     const reply = await receivedBy(peer);
@@ -2259,7 +2279,7 @@ describe("the server", () => {
     expect(out).toEqual([`Listening at ('127.0.0.1', ${listener.port})`]);
   });
 
-  test("disconnects a client that is silent for its timeout", async () => {
+  test("disconnects a client that is silent for its timeout (slowloris)", async () => {
     const { err } = captured();
     const port = await programServer(SHORT);
     const { peer, name } = await peerClient(port);
@@ -2394,7 +2414,7 @@ describe("the command line", () => {
     ]);
   });
 
-  test("gives exit status 0 when the client has its reply", async () => {
+  test("gives exit status 0 when the client has its reply (exit code)", async () => {
     captured();
     const port = await programServer();
     const connectReally = Bun.connect<Connection>;
@@ -2743,7 +2763,7 @@ describe.skipIf(!HAS_PROC)("under load", () => {
     expect(peakMemory(server.pid) - before).toBeLessThan(64 * MiB);
   });
 
-  test("a server survives 200 clients that reset and 200 that stall, without a leak", async () => {
+  test("a server survives 200 clients that reset and 200 that stall, without a leak of memory or descriptors", async () => {
     const { server, port, out } = await spawnServer(SERVER);
     const printing = Array.fromAsync(out); // A pipe that nobody reads would fill up.
     await exchange(port);
@@ -2859,7 +2879,7 @@ async function peerServer(
   cleanups.push(() => listener.close());
   const { promise: accepted, resolve } = Promise.withResolvers<net.Socket>();
   listener.on("connection", (peer) => {
-    peer.on("error", () => {}); // Nobody needs to listen for it.
+    peer.on("error", () => {}); // so that a test need not listen for it
     cleanups.push(() => peer.destroy());
     resolve(peer);
   });
@@ -2897,7 +2917,10 @@ async function readSlowly(peer: net.Socket, sending: Promise<void>): Promise<voi
   });
 }
 
-/** What `peer` reads, to make room, until `sending` is done. Each piece also goes to `onBytes`. */
+/**
+ * Reads from `peer`, which makes room, until `sending` is done. Resolves to all that was read. Each
+ * piece also goes to `onBytes`.
+ */
 async function readWhile(
   peer: net.Socket,
   sending: Promise<void>,
@@ -3308,12 +3331,13 @@ function countDescriptors(pid: number): number {
  *    it reject. (If "refuses other readers" fails, the method may settle too late: it must return
  *    the promise of `#receive` itself, without `then` or `async`.)
  * 6. If it has a section of its own, name the section in the list at the top of this file.
+ * 7. Document it: in its own comment, in the table of `Connection`, and in the README's reference.
  *
  * Three kinds of methods need more than that:
  *
  * - A method that leaves the bytes unread. `Reader` needs a flag, which `settleReader` passes to
  *   `takeUnread` in both places. In "refuses other readers", take the line with one more `recv`:
- *   before the second call if `isFree`, otherwise after it.
+ *   before the second call if `isFree`, otherwise after it. (The test gets the name as `kind`.)
  * - A method whose result is not the bytes. `Reader` needs a function that turns the bytes into the
  *   outcome, for the same two places.
  * - A method whose results could share memory. The model compares them as text, so the method needs
@@ -3491,8 +3515,8 @@ function play(turns: Move[][]): { got: string; want: string } {
 }
 
 /**
- * Makes the moves with a real connection and the model, then closes both. Throws if they do not
- * show the same calls after a turn, or the same to the peer in the end.
+ * Makes the moves with a real connection and the model, then closes both. Throws if they
+ * disagree on the calls after a turn, or on what the peer sees in the end.
  */
 async function compareReal(turns: RealMove[][], listener: PeerListener): Promise<void> {
   const real = await listener.connect();
@@ -3511,7 +3535,7 @@ async function compareReal(turns: RealMove[][], listener: PeerListener): Promise
     await real.turnUntil(() => shownCalls(real) === shownCalls(model));
     expectSame(made, shownCalls(real), shownCalls(model));
   }
-  const canPeerTell = !model.hasReset && !real.hasPeerMetReset;
+  const canPeerTell = !model.hasReset && !real.hasPeerHitReset;
   if (canPeerTell) {
     real.peerReads();
     await real.turnUntil(() => shownToPeer(real) === shownToPeer(model));
@@ -3567,10 +3591,10 @@ type Ending = "nothing" | "an end" | "a reset";
  * The kernel and the peer, and when Bun looks at them. The model and the simulated connection both
  * inherit this, so comparing them does not reveal a mistake here. The runs on real sockets reveal a
  * mistake in `isReading`. For `isRoomReported`, only the tests of `sendAll` do, because in the runs
- * on real sockets a full kernel never gets room again.
+ * on real sockets a full kernel stays full.
  */
 class Network {
-  /** What has arrived in the kernel, but Bun has not read. */
+  /** What has arrived in the kernel and has not been read by Bun. */
   inKernel = "";
   /** How many pieces have arrived. */
   pieces = 0;
@@ -3578,8 +3602,8 @@ class Network {
   hasFin = false;
   /** Whether the peer has reset the connection. */
   hasReset = false;
-  /** Whether a write has met that reset. The kernel reports it only once. */
-  hasWriteMetReset = false;
+  /** Whether a write has hit that reset. The kernel reports it only once. */
+  hasWriteHitReset = false;
   /** How many more bytes the kernel takes to send. */
   room = PIECE_LENGTH;
   /** What the kernel has taken to send. */
@@ -3650,7 +3674,7 @@ class Network {
 
   /** Whether Bun reads. It reads all that came before a reset, even if it was told not to. */
   isReading(): boolean {
-    const mustReportReset = this.hasReset && !this.hasWriteMetReset;
+    const mustReportReset = this.hasReset && !this.hasWriteHitReset;
     return this.isOpen && (!this.isPaused || mustReportReset);
   }
 }
@@ -3671,7 +3695,7 @@ type Writer = {
 
 /** The model: what a connection promises, as plain changes of state. */
 class BlockingSocket extends Network {
-  /** What Bun has read, but no call has returned. */
+  /** What Bun has read and no call has returned yet. */
   unread = "";
   /** The call that waits to receive. There can only be one. */
   reader: Reader | undefined;
@@ -3806,13 +3830,14 @@ class BlockingSocket extends Network {
     this.turn(); // What has arrived counts, even if the timers fire first.
     const isReaderLate = this.reader === readerBefore && this.unread === unreadBefore;
     if (isReaderLate) this.timeOutReader();
-    if (isWriting && this.sent === sentBefore) this.write(); // Bun does not report small amounts of room.
+    // Bun does not report small amounts of room.
+    if (isWriting && this.sent === sentBefore) this.write();
     if (isWriting && this.sent === sentBefore) this.timeOutWriter();
     if (this.hasClosed) this.isOpen = false; // It lingers no longer.
     this.isReaderBusy = this.reader !== undefined;
   }
 
-  /** On real sockets: in each of the first two minutes, the kernel may still take a little more. */
+  /** Three, because a real kernel may still take a little more in each of the first two. */
   threeMinutesPass(): void {
     for (let i = 0; i < 3; i += 1) this.aMinutePasses();
   }
@@ -3889,7 +3914,7 @@ class BlockingSocket extends Network {
     this.settleWriters();
     const meetsReset = this.hasReset && this.writers.length > 0;
     if (meetsReset) {
-      this.hasWriteMetReset = true;
+      this.hasWriteHitReset = true;
       this.fail(this.peerHasEnded ? BROKEN_PIPE : RESET);
       this.settleWriters();
     }
@@ -4122,7 +4147,7 @@ class SimulatedConnection extends Network {
   }
 
   private write(bytes: string): number {
-    if (this.hasReset) this.hasWriteMetReset = true;
+    if (this.hasReset) this.hasWriteHitReset = true;
     if (this.hasReset || this.hasSentFin) return -1;
     const taken = this.takeToSend(bytes);
     this.isWriteShort = taken < bytes.length;
@@ -4142,15 +4167,15 @@ class SimulatedConnection extends Network {
     // The handler of `data` may have paused the socket. Then Bun looks no further.
     if (!this.isReading()) return;
     // Bun also calls `end` for a failed write, but not after this side has ended its stream.
-    const isEndReported = (this.hasFin || this.hasWriteMetReset) && !this.hasSentFin;
+    const isEndReported = (this.hasFin || this.hasWriteHitReset) && !this.hasSentFin;
     if (isEndReported && !this.hasReportedEnd) {
       this.hasReportedEnd = true;
       this.call("end");
     }
-    // (A real socket differs in one case: once Bun has reported the peer's end, it reports a reset
-    // as an error until this side ends its stream. Only the text of an `EPIPE` depends on it.)
+    // A reset that comes after the peer's end is an error, too, unless both sides have ended their
+    // streams. The kernel's code for it is EPIPE.
     const haveBothEnded = this.hasFin && this.hasSentFin;
-    const hasError = this.hasReset && !this.hasWriteMetReset && !haveBothEnded;
+    const hasError = this.hasReset && !this.hasWriteHitReset && !haveBothEnded;
     if (hasError) this.closeSocket(this.hasFin ? "EPIPE" : "ECONNRESET");
     else if (this.hasReset || haveBothEnded) this.closeSocket();
     drainMicrotasks();
@@ -4179,8 +4204,8 @@ type Seen = { text: string; ending: Ending };
  * simulated, so that a minute takes no time.
  */
 class RealConnection extends Caller {
-  /** Whether a write of the peer has met a reset. Bun then tells the peer of an end instead. */
-  hasPeerMetReset = false;
+  /** Whether the peer's write has hit a reset. Bun then tells the peer of an end instead. */
+  hasPeerHitReset = false;
   private pieces = 0;
   private readonly peer: Socket<Seen>;
   private readonly clock: SimulatedClock;
@@ -4215,7 +4240,7 @@ class RealConnection extends Caller {
   pieceArrives(): void {
     const written = this.peer.write(pieceOf(INCOMING, this.pieces));
     this.pieces += 1;
-    if (written < 0) this.hasPeerMetReset = true;
+    if (written < 0) this.hasPeerHitReset = true;
   }
 
   peerEnds(): void {
