@@ -32,7 +32,7 @@
  * | the same, and whether its stream ends or is reset           | `streamTo(peer)`          |
  * | the error that a call rejects with                          | `failure(promise)`        |
  * | what the program prints in this process                     | `captured()`              |
- * | a lookup that finds certain addresses                      | `lookupFinds(addresses)`  |
+ * | a lookup that finds certain addresses                       | `lookupFinds(addresses)`  |
  * | `Bun.connect` or `Bun.listen` to fail                       | `refuses(name, code)`     |
  * | to wait until Bun has looked at its sockets                 | `pollSockets()`           |
  * | to wait for anything else                                   | `until(words, condition)` |
@@ -49,8 +49,8 @@
  * - "repr", "the server", "the client", "the command line", "a bundle": the program.
  * - "the README": its examples.
  * - "under load": floods, stalled clients, memory and descriptors of a process (no leak).
- * - "every order of events": every short sequence of calls and events, compared with a model. It is
- *   at the end of the file, after the helpers.
+ * - "every order of events": every short sequence of calls and events, compared with a model. It
+ *   is at the end of the file, after the helpers, and says how to add a method.
  */
 import { afterEach, describe, expect, setDefaultTimeout, spyOn, test } from "bun:test";
 import { drainMicrotasks } from "bun:jsc";
@@ -208,6 +208,15 @@ describe("recvAll", () => {
     const error = await failure(recvAll({ recv }, 16));
     expect(error).toBeInstanceOf(TypeError);
     expect(error).toMatchObject({ message: "recv must resolve to bytes" });
+  });
+
+  test("loses what it has read when it times out", async () => {
+    const { sock, peer } = await pair(SHORT);
+    peer.write("hell");
+    expect(await failure(recvAll(sock, 5))).toMatchObject({ code: "ETIMEDOUT" });
+    peer.write("o, world");
+    await pollSockets();
+    expect(String(await sock.recv(100))).toBe("o, world");
   });
 
   test("does not copy the message again for each of 16,384 pieces", async () => {
@@ -387,7 +396,7 @@ describe("recv", () => {
   );
 
   describe.each(receivers)(
-    "refuses other readers until the caller of a $kind has resumed,",
+    "refuses other readers (concurrent) until the caller of a $kind has resumed,",
     ({ receive }) => {
       test.each(microtasks)("tried after %p microtasks", async (count) => {
         const { sock, peer } = await pair();
@@ -395,7 +404,7 @@ describe("recv", () => {
         await sock.recv(1); // All the rest has arrived, too.
         for (let round = 0; round < 128; round += 1) {
           // Every 64th call yields to the event loop before it resolves. The extra call in every
-          // other round shifts the count, so that this befalls the first reader in some rounds.
+          // other round shifts the count, so that it happens to the first reader in some rounds.
           if (round % 2 === 0) await sock.sendAll("");
           let hasGoneOn = false;
           const first = receive(sock, 5).then((line) => {
@@ -1137,7 +1146,7 @@ describe.each(["close", "abort"] as const)("%s", (name) => {
   });
 
   test.skipIf(!HAS_PROC)(
-    "leaves no descriptor open if a sendAll has already hit a reset",
+    "leaves no descriptor open if a sendAll has already hit a reset (leak)",
     async () => {
       const before = openSockets(); // Earlier tests have left some, which may close meanwhile.
       const { sock, peer } = await pair(); // and a listener, which stays open
@@ -1177,7 +1186,7 @@ describe("close", () => {
     expect(Buffer.concat([begun, rest]).equals(reply)).toBeTrue();
   });
 
-  test("cuts nothing off when the 4 seconds are over, if the peer reads slowly", async () => {
+  test("cuts nothing off when the 4 seconds are over, if the peer reads slowly (lingering)", async () => {
     const { sock, peer } = await pair();
     const reply = Buffer.alloc(2 * MiB, "reply");
     const begun = await readWhile(peer, sock.sendAll(reply));
@@ -1189,7 +1198,7 @@ describe("close", () => {
     expect(Buffer.concat([begun, rest]).equals(reply)).toBeTrue();
   });
 
-  test("discards what arrives after it, even if Bun had paused for a byte that nobody read", async () => {
+  test("discards what arrives after it, even if Bun had paused for a byte that nobody read (lingering)", async () => {
     const { sock, peer } = await pair();
     peer.write("x");
     await pollSockets();
@@ -1417,7 +1426,7 @@ describe("a busy connection", () => {
     },
   );
 
-  test("yields to the event loop at every 64th recv that is refused", async () => {
+  test("yields to the event loop at every 64th recv that is refused (starvation)", async () => {
     const { sock, peer } = await pair();
     const first = sock.recv(1);
     let hasTurned = false;
@@ -1432,7 +1441,7 @@ describe("a busy connection", () => {
     expect(String(await first)).toBe("x");
   });
 
-  test("yields at every 64th call of all connections together", async () => {
+  test("yields at every 64th call of all connections together (starvation)", async () => {
     const socks: Connection[] = [];
     for (let i = 0; i < 20; i += 1) {
       const { sock, peer } = await pair();
@@ -1452,7 +1461,7 @@ describe("a busy connection", () => {
     { event: "when the peer resets", happen: (peer: net.Socket) => peer.resetAndDestroy() },
   ];
   test.each(events)(
-    "yields while it works through a long queue of sendAll calls: $event",
+    "yields while it works through a long queue of sendAll calls (starvation): $event",
     async ({ happen }) => {
       const { sock, peer } = await pair();
       let inThisTurn = 0;
@@ -1576,8 +1585,7 @@ describe("a connection", () => {
       using sock = await connect("127.0.0.1", listener.port);
       for (const { sockname } of [sock, await accepted.promise]) {
         const port = sockname.port.toString(16).toUpperCase().padStart(4, "0");
-        // The kernel's list of connections: the timer of kind 2 is keep-alive. It counts in 1/100
-        // s.
+        // The kernel's list of connections. Timer kind 2 is keep-alive, in hundredths of a second.
         const list = readFileSync("/proc/net/tcp", "latin1");
         const found = new RegExp(`: 0100007F:${port} .* 02:([0-9A-F]{8}) `).exec(list);
         expect(found).not.toBeNull();
@@ -2636,6 +2644,17 @@ describe("the README", () => {
     expect(String(await receivedBy(client))).toBe("an answer");
   });
 
+  test("has a proxy in which one side may be silent (idle)", async () => {
+    const { port: upstream, accepted } = await peerServer();
+    const block = readmeBlock("### A proxy", "ts").replace("8000, 5", `${upstream}, 0.1`);
+    const { port } = await spawnServer(onFreePort(block));
+    const { peer: client } = await peerClient(port);
+    const server = await accepted;
+    await writeSlowly(client, "abc");
+    client.end();
+    expect(String(await receivedBy(server))).toBe("abc");
+  });
+
   test.each(["client", "server"])("has a proxy that passes on a reset of the %s", async (name) => {
     const { port: upstream, accepted } = await peerServer();
     const script = readmeBlock("### A proxy", "ts").replace("8000", `${upstream}`);
@@ -2699,6 +2718,14 @@ describe("the README", () => {
     expect(received.length).toBe(sent + "Goodbye\n".length);
     expect(received.toString("latin1", sent)).toBe("Goodbye\n");
     expect(await server.exited).toBe(0);
+  });
+
+  test("has a chat that stops on SIGTERM even if a client is stuck (stalled)", async () => {
+    const { server, writer } = await chatWithQueue(50);
+    server.kill("SIGTERM");
+    writer.end();
+    await until("the chat has ended", () => server.exitCode !== null);
+    expect(server.exitCode).toBe(0);
   });
 
   test("has a chat that sends what is queued to a client that ends its stream (half-close)", async () => {
@@ -3212,9 +3239,13 @@ function onFreePort(script: string): string {
   return `${listening}\nconsole.log(listener.port);\n`;
 }
 
-/** The README's chat in a process of its own. `slow` does not read: 100 lines are queued for it. */
-async function chatWithQueue() {
-  const chat = onFreePort(readmeBlock("### Many clients", "ts"));
+/**
+ * The README's chat in a process of its own. `slow` does not read: 100 lines are queued for it. The
+ * chat waits for it for `patience` milliseconds when it says goodbye.
+ */
+async function chatWithQueue(patience = 5000) {
+  const script = readmeBlock("### Many clients", "ts").replace("5_000", `${patience}`);
+  const chat = onFreePort(script);
   const stop = readmeBlock("### Stop on SIGTERM", "ts");
   const tellLongestQueue = `
     process.on("SIGUSR2", () => {
@@ -3326,18 +3357,19 @@ function countDescriptors(pid: number): number {
  * 3. Add it to `Caller`, which calls the real method. `RealConnection` inherits it.
  * 4. Add it to `SimulatedConnection`, which passes the call on to its `Caller`.
  * 5. Run the suite. "prints its addresses and its methods" fails until it lists the method.
- *    Everything that holds for every method in `RECEIVING_METHODS` is tested already: its
- *    arguments, its stack, that it yields, that it excludes other readers, and that `close` makes
- *    it reject. (If "refuses other readers" fails, the method may settle too late: it must return
- *    the promise of `#receive` itself, without `then` or `async`.)
+ *    Everything that holds for every method in `RECEIVING_METHODS` is tested already: the
+ *    arguments, the stack of an error, that the method yields, that it excludes other readers, and
+ *    that `close` makes it reject. (If "refuses other readers" fails, the method may settle too
+ *    late: it must return the promise of `#receive` itself, without `then` or `async`.)
  * 6. If it has a section of its own, name the section in the list at the top of this file.
  * 7. Document it: in its own comment, in the table of `Connection`, and in the README's reference.
  *
  * Three kinds of methods need more than that:
  *
  * - A method that leaves the bytes unread. `Reader` needs a flag, which `settleReader` passes to
- *   `takeUnread` in both places. In "refuses other readers", take the line with one more `recv`:
- *   before the second call if `isFree`, otherwise after it. (The test gets the name as `kind`.)
+ *   `takeUnread` in both places. In "refuses other readers", and for its `kind` alone, take the
+ *   line with one more `await sock.recv(5)`: before `second` if `isFree`, or else in the `else`
+ *   branch.
  * - A method whose result is not the bytes. `Reader` needs a function that turns the bytes into the
  *   outcome, for the same two places.
  * - A method whose results could share memory. The model compares them as text, so the method needs
@@ -3415,14 +3447,17 @@ type RealMove = (typeof REAL_MOVES)[number];
 
 const PEER_MOVES: string[] = ["pieceArrives", "peerEnds", "peerResets", ...ROOM_MOVES];
 
-/** What the peer sends, three bytes a move. A delimiter starts a piece, or is split across two. */
-const INCOMING = "abc--def--ghijklmn";
+/**
+ * What the peer sends, three bytes a move. The first delimiter is split across two pieces, and the
+ * limit can cut the second.
+ */
+const INCOMING = "ab--cde--fghijklmn";
 /** What this side sends, three bytes a message. */
 const OUTGOING = "ABCDEFGHIJKLMNOPQR";
 const PIECE_LENGTH = 3;
 const DELIMITER = "--";
 /** The most that a call receives. It is more than one piece, and less than two. */
-const MAX_LENGTH = 4;
+const MAX_LENGTH = 5;
 const TIMEOUT = 60; // seconds
 const LINGER_TIME = 4; // seconds
 
@@ -3590,8 +3625,8 @@ type Ending = "nothing" | "an end" | "a reset";
 /**
  * The kernel and the peer, and when Bun looks at them. The model and the simulated connection both
  * inherit this, so comparing them does not reveal a mistake here. The runs on real sockets reveal a
- * mistake in `isReading`. For `isRoomReported`, only the tests of `sendAll` do, because in the runs
- * on real sockets a full kernel stays full.
+ * mistake in `isReading`. A mistake in `isRoomReported` is revealed only by the tests of `sendAll`,
+ * because in the runs on real sockets a full kernel stays full.
  */
 class Network {
   /** What has arrived in the kernel and has not been read by Bun. */
@@ -3753,7 +3788,10 @@ class BlockingSocket extends Network {
     this.messages += 1;
   }
 
-  /** Stands for a send larger than the kernel's room: of three bytes, one is accepted. */
+  /**
+   * On a real socket, this sends so much that the kernel cannot take it all. In the model, "!!!"
+   * stands for it, of which the kernel takes one "!".
+   */
   sendTooMuch(): void {
     if (this.room === Infinity) this.room = 1;
     this.send("!!!");
@@ -3810,9 +3848,9 @@ class BlockingSocket extends Network {
     // Bun reports room, then bytes, then the end, then a reset.
     if (this.isRoomReported()) this.write();
     if (this.isReading()) this.readKernel();
-    const isReadingOn = this.isReading(); // It has paused if nobody waited for the bytes.
-    if (isReadingOn && this.hasFin) this.hearEnd();
-    if (isReadingOn && this.hasReset) this.hearReset();
+    const isStillReading = this.isReading(); // It has paused if nobody waited for the bytes.
+    if (isStillReading && this.hasFin) this.hearEnd();
+    if (isStillReading && this.hasReset) this.hearReset();
     this.settleReader();
     this.settleWriters();
     this.isReaderBusy = this.reader !== undefined;
@@ -4188,7 +4226,7 @@ class SimulatedConnection extends Network {
     void Connection.handlers.close?.(this.socket, error);
   }
 
-  /** Calls a handler. Whoever it wakes goes on in a microtask, before Bun calls another one. */
+  /** Calls a handler. Whoever it wakes goes on in a microtask, before Bun calls another handler. */
   private call(name: "data" | "end" | "drain", bytes?: Buffer): void {
     const handler = Connection.handlers[name] as (socket: unknown, bytes?: Buffer) => void;
     handler(this.socket, bytes);
@@ -4220,9 +4258,7 @@ class RealConnection extends Caller {
     this.peer.terminate();
   }
 
-  /**
-   * `TOO_MUCH` consists of zeros. Any number of them counts as the one "!" that the model sends.
-   */
+  /** What the kernel took of `TOO_MUCH`, any number of zeros, is shown as the model's one "!". */
   get sent(): string {
     const { text } = this.peer.data;
     const firstZero = text.indexOf("\0");
