@@ -3,9 +3,10 @@
  * that needs a socket uses a real one on this machine, unless its comment says why not.
  *
  * `bun test -t PATTERN` runs the tests whose full title matches PATTERN, a regular expression: the
- * section's title, a space, and the test's title. (Put a `\` before a parenthesis.) To find a test,
- * search this file for the stem of a word: linger, leak, stall, starv, truncat. Here is a test to
- * copy. `bun test -t "recv resolves to what the peer has sent"` runs it alone.
+ * section's title, a space (where Bun prints ` > `), and the test's title. Put a `\` before a
+ * parenthesis, and a `^` first for a whole section. To find a test, search this file for the stem
+ * of a word: linger, leak, stall, starv, truncat. Here is a test to copy. `bun test -t "recv
+ * resolves to what the peer has sent"` runs it alone.
  *
  *     test("resolves to what the peer has sent", async () => {
  *       const { sock, peer } = await pair();
@@ -13,8 +14,9 @@
  *       expect(String(await sock.recv(100))).toBe("hello");
  *     });
  *
- * `sock` is a connection of tcp_local.ts, and `peer` is its other end, a socket of `node:net`. The
- * helpers come after the tests:
+ * `sock` is a connection of tcp_local.ts, and `peer` is its other end, a socket of `node:net`.
+ * After a test, both are closed. If a test fails while a call is pending, Bun therefore also
+ * reports the `EBADF` of that call. The helpers come after the tests:
  *
  * | for a test that needs                                       | use                       |
  * | ----------------------------------------------------------- | ------------------------- |
@@ -49,8 +51,8 @@
  * - "repr", "the server", "the client", "the command line", "a bundle": the program.
  * - "the README": its examples.
  * - "under load": floods, stalled clients, memory and descriptors of a process (no leak).
- * - "every order of events": every short sequence of calls and events, compared with a model. It
- *   is at the end of the file, after the helpers, and says how to add a method.
+ * - "every order of events": every short sequence of calls and events, compared with a model. It is
+ *   at the end of the file, after the helpers, and says how to add a method.
  */
 import { afterEach, describe, expect, setDefaultTimeout, spyOn, test } from "bun:test";
 import { drainMicrotasks } from "bun:jsc";
@@ -750,7 +752,7 @@ describe("sendAll", () => {
     expect(await receivedBy(peer)).toHaveLength(0);
   });
 
-  test("sends 32 MiB to a peer that begins to read late, all of it and nothing twice (short write)", async () => {
+  test("sends 32 MiB to a peer that begins to read late, all of it and nothing twice (short write, partial write)", async () => {
     const { sock, peer } = await pair();
     const data = Buffer.alloc(32 * MiB, "0123456789abcde");
     const sending = sock.sendAll(data.buffer);
@@ -790,6 +792,18 @@ describe("sendAll", () => {
     const received = String(await reading);
     expect(received.length).toBe(32 * MiB);
     expect(received.replaceAll(/(.)\1+/g, "$1")).toBe("abcd");
+  });
+
+  test("sends nothing in its turn, too, so that an empty one waits for those before it (flush)", async () => {
+    const { sock, room } = await pairWithRoom();
+    const settled: string[] = [];
+    const first = sock.sendAll("hello").then(() => settled.push("hello"));
+    const flushed = sock.sendAll("").then(() => settled.push("the empty one"));
+    await pollSockets();
+    expect(settled).toEqual([]);
+    room.make(5);
+    await Promise.all([first, flushed]);
+    expect(settled).toEqual(["hello", "the empty one"]);
   });
 
   test("sends at once what the kernel has room for, so a close right after it cuts nothing off", async () => {
@@ -966,7 +980,7 @@ describe("an interrupted sendAll", () => {
     expect(await streamTo(peer)).toEqual({ received: Buffer.from("world"), ending: "end" });
   });
 
-  test("leaves the stream intact if the rest is sent later (short write)", async () => {
+  test("leaves the stream intact if the rest is sent later (short write, partial write)", async () => {
     const { sock, peer, room } = await pairWithRoom();
     room.bytes = 2;
     const sending = sock.sendAll("hello, ");
@@ -1613,7 +1627,7 @@ describe("a connection", () => {
     });
   });
 
-  test("rejects with EHOSTUNREACH when keep-alive finds that the peer has vanished (half-open, power failure)", async () => {
+  test("rejects with EHOSTUNREACH when keep-alive finds that the peer has vanished (half-open, dead peer, power failure)", async () => {
     // Keep-alive takes over a minute. The socket is a fake, and the test calls the handler as Bun
     // would.
     const { sock, socket } = fakeConnection();
@@ -2279,6 +2293,18 @@ describe("the server", () => {
     },
   );
 
+  test("names a client that resets after its whole message, and keeps serving", async () => {
+    const { out, err } = captured();
+    const port = await programServer();
+    const { peer, name } = await peerClient(port);
+    await until("the server has printed three lines", () => out.length === 3);
+    peer.write(MESSAGE);
+    peer.resetAndDestroy();
+    await until("the server has printed an error", () => err.length === 1);
+    expect(err).toEqual([`${name}: connection reset by peer`]);
+    expect(await exchange(port)).toBe("Farewell, client");
+  });
+
   test("prints the address that it listens at, even if it was given a name", async () => {
     const { out } = captured();
     using _lookup = lookupFinds(["127.0.0.1"]);
@@ -2422,7 +2448,7 @@ describe("the command line", () => {
     ]);
   });
 
-  test("gives exit status 0 when the client has its reply (exit code)", async () => {
+  test("gives exit status 0 when the client has its reply (exit code, exit status)", async () => {
     captured();
     const port = await programServer();
     const connectReally = Bun.connect<Connection>;
@@ -2457,7 +2483,7 @@ describe("the command line", () => {
     expect(err).toEqual(["tcp_local.ts: cannot listen at ('127.0.0.1', 1060): permission denied"]);
   });
 
-  test("exits with 2 and prints its usage to standard error when it is used incorrectly (exit status)", async () => {
+  test("exits with 2 and prints its usage to standard error when it is used incorrectly (exit code, exit status)", async () => {
     expect(await run(["tcp_local.ts"])).toEqual({ status: 2, out: "", err: `${usage}\n` });
   });
 
@@ -2469,7 +2495,7 @@ describe("the command line", () => {
     expect({ status, err }).toEqual({ status: 2, err: `${usage}\n` });
   });
 
-  test("exits with 1 and one line on standard error when it fails (exit status)", async () => {
+  test("exits with 1 and one line on standard error when it fails (exit code, exit status)", async () => {
     // No machine has this address, and listening there sends nothing.
     expect(await run(["tcp_local.ts", "server", "192.0.2.1"])).toEqual({
       status: 1,
@@ -3167,11 +3193,19 @@ async function run(args: string[], executable?: string): Promise<Outcome> {
   return { status, out, err };
 }
 
-/** Starts a script that prints the port it listens on at the end of its first line. */
+/**
+ * Starts a script that prints the port it listens on at the end of its first line. If it crashes,
+ * prints why after the test.
+ */
 async function spawnServer(script: string) {
   const server = spawn(["-e", script]);
   const out = linesOf(server.stdout);
   const err = linesOf(server.stderr);
+  cleanups.push(async () => {
+    const hasCrashed = server.exitCode !== null && server.exitCode !== 0;
+    if (!hasCrashed) return;
+    for await (const line of err) console.error(line);
+  });
   const { value: line } = await out.next();
   const port = Number(/(\d+)\)?$/.exec(`${line}`)?.[1]);
   return { server, port, out, err };
