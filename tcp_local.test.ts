@@ -5,14 +5,15 @@
  * `bun test -t PATTERN` runs the tests whose full title matches PATTERN, a regular expression: the
  * section's title, a space (where Bun prints ` > `), and the test's title. Put a `\` before a
  * parenthesis, and a `^` first for a whole section. To find a test, search this file for the stem
- * of a word: linger, leak, stall, starv, truncat. Here is a test to copy. `bun test -t "recv
- * resolves to what the peer has sent"` runs it alone.
+ * of a word: linger, leak, stall, starv, truncat. Here is a test to copy, and how to run it alone:
  *
  *     test("resolves to what the peer has sent", async () => {
  *       const { sock, peer } = await pair();
  *       peer.write("hello");
  *       expect(String(await sock.recv(100))).toBe("hello");
  *     });
+ *
+ *     bun test -t "recv resolves to what the peer has sent"
  *
  * `sock` is a connection of tcp_local.ts, and `peer` is its other end, a socket of `node:net`.
  * After a test, both are closed. If a test fails while a call is pending, Bun therefore also
@@ -122,7 +123,10 @@ describe("recvAll", () => {
     const { sock, peer } = await pair();
     peer.write("firstsecondthird");
     const messages: string[] = [];
-    for (const length of [5, 6, 5]) messages.push(String(await recvAll(sock, length)));
+    for (const length of [5, 6, 5]) {
+      const message = await recvAll(sock, length);
+      messages.push(String(message));
+    }
     expect(messages).toEqual(["first", "second", "third"]);
   });
 
@@ -375,7 +379,7 @@ describe("recv", () => {
     expect(processorTime() - start).toBeLessThan(0.5);
   });
 
-  const microtasks = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]; // After 9, the first caller has resumed.
+  const microtasks = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]; // By 9, a caller that need not wait has resumed.
   test.each(microtasks)(
     "refuses a second reader (concurrent), %p microtasks after the first",
     async (count) => {
@@ -618,12 +622,12 @@ describe("recvUntil", () => {
 
   const idlers = [
     {
-      kind: "waits, holding the last few bytes of the piece",
+      kind: "recvUntil waits, holding the last few bytes",
       idle: (sock: Connection) => void failure(sock.recvUntil("\n", 100)), // to the end of the test
     },
-    { kind: "has taken all of it", idle: (sock: Connection) => recvAll(sock, 4) },
+    { kind: "recvAll has taken all of it", idle: (sock: Connection) => recvAll(sock, 4) },
   ];
-  test.each(idlers)("does not keep a large piece alive while it $kind (leak)", async ({ idle }) => {
+  test.each(idlers)("does not keep a large piece alive (leak): $kind", async ({ idle }) => {
     const largePieces: WeakRef<Buffer>[] = [];
     const onData = Connection.handlers.data;
     using handler = spyOn(Connection.handlers, "data");
@@ -794,7 +798,7 @@ describe("sendAll", () => {
     expect(received.replaceAll(/(.)\1+/g, "$1")).toBe("abcd");
   });
 
-  test("sends nothing in its turn, too, so that an empty one waits for those before it (flush)", async () => {
+  test("resolves an empty one in its turn, so that it can serve as a flush", async () => {
     const { sock, room } = await pairWithRoom();
     const settled: string[] = [];
     const first = sock.sendAll("hello").then(() => settled.push("hello"));
@@ -816,7 +820,7 @@ describe("sendAll", () => {
     await Promise.all(calls);
   });
 
-  test("sends what a growable buffer held when it was called (SharedArrayBuffer)", async () => {
+  test("sends what a growable buffer held at the time of the call (SharedArrayBuffer)", async () => {
     const { sock, peer, room } = await pairWithRoom(0.05);
     const first = new SharedArrayBuffer(5, { maxByteLength: 10 });
     const second = new SharedArrayBuffer(5, { maxByteLength: 10 });
@@ -2448,7 +2452,7 @@ describe("the command line", () => {
     ]);
   });
 
-  test("gives exit status 0 when the client has its reply (exit code, exit status)", async () => {
+  test("gives exit status 0 when the client has its reply (exit code)", async () => {
     captured();
     const port = await programServer();
     const connectReally = Bun.connect<Connection>;
@@ -2573,7 +2577,8 @@ describe("a bundle", () => {
     async function main() {
       const listener = await listen("127.0.0.1", 0, (sock) => sock.sendAll("hello"));
       using sock = await connect("127.0.0.1", listener.port);
-      console.log(String(await recvAll(sock, 5)));
+      const message = await recvAll(sock, 5);
+      console.log(String(message));
       listener.stop();
     }
     void main();
@@ -2685,7 +2690,8 @@ describe("the README", () => {
     const { port } = await spawnServer(onFreePort(script));
     const { peer: client } = await peerClient(port);
     const server = await accepted;
-    const [first, second] = name === "client" ? [client, server] : [server, client];
+    const first = name === "client" ? client : server;
+    const second = name === "client" ? server : client;
     first.write("half a message");
     await once(second, "readable");
     first.resetAndDestroy();
@@ -2845,12 +2851,12 @@ describe.skipIf(!HAS_PROC)("under load", () => {
       expect(String(await receivedBy(peer))).toBe("Farewell, client");
     }
     for (const peer of stalled) peer.destroy();
-    let more = Infinity;
-    for (let i = 0; i < 1000 && more > 0; i += 1) {
+    let leaked = Infinity;
+    for (let i = 0; i < 1000 && leaked > 0; i += 1) {
       await exchange(port);
-      more = countDescriptors(server.pid) - descriptors;
+      leaked = countDescriptors(server.pid) - descriptors;
     }
-    expect(more).toBeLessThanOrEqual(0);
+    expect(leaked).toBeLessThanOrEqual(0);
     expect(peakMemory(server.pid) - memory).toBeLessThan(32 * MiB);
 
     server.kill();
@@ -2881,7 +2887,7 @@ afterEach(async () => {
 async function pair(timeout = 10): Promise<{ sock: Connection; peer: net.Socket }> {
   const { port, accepted } = await peerServer();
   const sock = await connect("127.0.0.1", port);
-  sock.timeout = timeout;
+  sock.timeout = timeout; // not for `connect`, which a short one could make fail
   const peer = await accepted;
   cleanups.push(() => sock.close());
   return { sock, peer };
@@ -3589,8 +3595,8 @@ function play(turns: Move[][]): { got: string; want: string } {
 }
 
 /**
- * Makes the moves with a real connection and the model, then closes both. Throws if they
- * disagree on the calls after a turn, or on what the peer sees in the end.
+ * Makes the moves with a real connection and the model, then closes both. Throws if they disagree on
+ * the calls after a turn, or on what the peer sees in the end.
  */
 async function compareReal(turns: RealMove[][], listener: PeerListener): Promise<void> {
   const real = await listener.connect();
@@ -3634,9 +3640,7 @@ function shownToPeer(socket: { sent: string; ending: Ending }): string {
   return `the peer sees "${socket.sent}" and then ${socket.ending}`;
 }
 
-/**
- * Throws if `got` differs from `want`, and says which lines differ, after which moves.
- */
+/** Throws if `got` differs from `want`, and says which lines differ, after which moves. */
 function expectSame(turns: string[][], got: string, want: string): void {
   if (got === want) return;
   const made = turns.map((moves) => moves.join(" and ")).join("; then ");

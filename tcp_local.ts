@@ -121,8 +121,8 @@ export async function server(
 
 /**
  * Sends a message to the server at `host`, receives the reply, and prints what the Python program
- * prints. Waits for at most `timeout` seconds to connect, and again to receive. Rejects as
- * `connect`, `sendAll` and `recvAll` do.
+ * prints. `timeout`, in seconds, limits how long connecting may take, and then how long the server
+ * may stay silent. Rejects as `connect`, `sendAll` and `recvAll` do.
  */
 export async function client(
   host: string,
