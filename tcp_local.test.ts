@@ -16,8 +16,9 @@
  *     bun test -t "recv resolves to what the peer has sent"
  *
  * `sock` is a connection of tcp_local.ts, and `peer` is its other end, a socket of `node:net`.
- * After a test, both are closed. If a test fails while a call is pending, Bun therefore also
- * reports the `EBADF` of that call. The helpers come after the tests:
+ * After a test, both are closed. If a test fails while a call is pending, Bun therefore reports two
+ * errors: the first is the failure, and the second, an `EBADF`, is that of the pending call. The
+ * helpers come after the tests:
  *
  * | for a test that needs                                       | use                       |
  * | ----------------------------------------------------------- | ------------------------- |
@@ -31,6 +32,7 @@
  * | the program's client, which has sent its message            | `programClient()`         |
  * | a server in a process of its own                            | `spawnServer(script)`     |
  * | a script that runs to its end in a process of its own       | `run(["-e", script])`     |
+ * | the same, but watched or killed while it runs               | `spawn(["-e", script])`   |
  * | what the peer receives, if its stream must end cleanly      | `receivedBy(peer)`        |
  * | the same, and whether its stream ends or is reset           | `streamTo(peer)`          |
  * | the error that a call rejects with                          | `failure(promise)`        |
@@ -91,7 +93,7 @@ const RECEIVING_METHODS = {
   recv: (sock: Connection, length: number) => sock.recv(length),
   recvUntil: (sock: Connection, length: number) => sock.recvUntil("\n", length),
 };
-/** Every way to receive `length` bytes. (`recvUntil` stops at a newline before that.) */
+/** Every way to receive `length` bytes. (If a newline comes first, `recvUntil` receives fewer.) */
 const receivers = Object.entries({ ...RECEIVING_METHODS, recvAll }).map(([kind, receive]) => {
   return { kind, receive };
 });
@@ -381,7 +383,7 @@ describe("recv", () => {
 
   const microtasks = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]; // By 9, a caller that need not wait has resumed.
   test.each(microtasks)(
-    "refuses a second reader (concurrent), %p microtasks after the first",
+    "refuses a second reader (concurrent, race), %p microtasks after the first",
     async (count) => {
       const { sock, peer } = await pair();
       peer.write("Hi the");
@@ -410,7 +412,7 @@ describe("recv", () => {
         await sock.recv(1); // All the rest has arrived, too.
         for (let round = 0; round < 128; round += 1) {
           // Every 64th call yields to the event loop before it resolves. The extra call in every
-          // other round shifts the count, so that it happens to the first reader in some rounds.
+          // other round shifts the count, so that the first reader is such a call in some rounds.
           if (round % 2 === 0) await sock.sendAll("");
           let hasGoneOn = false;
           const first = receive(sock, 5).then((line) => {
@@ -507,6 +509,18 @@ describe("recvUntil", () => {
       maxLength: 4,
       pieces: ["abc\r\nde\r\n"],
       gives: ["abc\r", "\nde\r", "\n", ""],
+    },
+    {
+      kind: "counts maxLength from the start of the line, not of the piece",
+      maxLength: 5,
+      pieces: ["ab\r\ncd\r\nef\r\n"],
+      gives: ["ab\r\n", "cd\r\n", "ef\r\n", ""],
+    },
+    {
+      kind: "resolves to maxLength bytes if the delimiter is longer than that",
+      maxLength: 1,
+      pieces: ["a\r\n"],
+      gives: ["a", "\r", "\n", ""],
     },
     {
       kind: "does not wait for more than maxLength bytes",
@@ -712,7 +726,7 @@ describe("sendAll", () => {
   const shared = new SharedArrayBuffer(2);
   new Uint8Array(shared).set([7, 8]);
   const payloads = [
-    { kind: "a string as UTF-8 (Unicode)", data: "größer", sent: Buffer.from("größer") },
+    { kind: "a string as UTF-8 (Unicode, emoji)", data: "größer", sent: Buffer.from("größer") },
     { kind: "nothing for an empty string", data: "", sent: Buffer.alloc(0) },
     { kind: "an ArrayBuffer", data: bytes.buffer, sent: Buffer.from(bytes) },
     { kind: "a SharedArrayBuffer", data: shared, sent: Buffer.of(7, 8) },
@@ -829,6 +843,7 @@ describe("sendAll", () => {
       first.grow(10); // as a worker may do at any time
       return accepted;
     }
+    // The kernel is asked how much it accepts just after `sendAll` has read the length.
     Object.defineProperty(room, "bytes", { get: growAndAccept, set() {} });
     const sending = [sock.sendAll(first), sock.sendAll(second)];
     second.grow(10);
@@ -1009,6 +1024,19 @@ describe("an interrupted sendAll", () => {
     expect(await reading).toEqual({ received: Buffer.of(), ending: "ECONNRESET" });
   });
 
+  test("makes the calls queued behind it reject, even if it failed because its buffer was transferred", async () => {
+    const { sock, room } = await pairWithRoom();
+    const first = sock.sendAll("first");
+    const data = new ArrayBuffer(10);
+    const second = failure(sock.sendAll(data));
+    const third = failure(sock.sendAll("third"));
+    structuredClone(data, { transfer: [data] });
+    room.make(Infinity);
+    await first;
+    expect(await second).toBeInstanceOf(RangeError);
+    expect(await third).toMatchObject(afterGap);
+  });
+
   test("leaves the stream intact if shutdown stops it before a byte is sent", async () => {
     const { sock, peer, room } = await pairWithRoom();
     room.bytes = 5;
@@ -1167,7 +1195,7 @@ describe.each(["close", "abort"] as const)("%s", (name) => {
     "leaves no descriptor open if a sendAll has already hit a reset (leak)",
     async () => {
       const before = openSockets(); // Earlier tests have left some, which may close meanwhile.
-      const { sock, peer } = await pair(); // and a listener, which stays open
+      const { sock, peer } = await pair(); // `pair` also opens a listener, which stays open.
       peer.write("unread");
       await pollSockets(); // Bun has read that, and reads no more.
       peer.resetAndDestroy();
@@ -1372,6 +1400,16 @@ describe("timeout", () => {
     room.make(5);
     await first;
     expect(await second).toMatchObject({ code: "ETIMEDOUT" });
+  });
+
+  const counted = [0.02, 1.5, 3600, 2_147_483];
+  test.each(counted)("lasts exactly %p seconds", async (timeout) => {
+    const { sock, peer } = await pair(timeout);
+    using timers = spyOn(globalThis, "setTimeout");
+    const receiving = sock.recv(1);
+    expect(timers.mock.calls.map(([, milliseconds]) => milliseconds)).toEqual([timeout * 1000]);
+    peer.write("x");
+    await receiving;
   });
 
   const tooLong = [2_147_483.9, 2 ** 31]; // A timer counts up to 2,147,483.647 seconds.
@@ -1614,6 +1652,26 @@ describe("a connection", () => {
     },
   );
 
+  const uses = [
+    { kind: "while it is open", end: "" },
+    { kind: "while it lingers", end: "sock.close();" },
+  ];
+  test.each(uses)("keeps the process alive $kind", async ({ end }) => {
+    const { port, accepted } = await peerServer();
+    const script = `
+      import { connect } from "./tcp_local.ts";
+      const sock = await connect("127.0.0.1", ${port});
+      ${end}
+      const stillRuns = setTimeout(() => console.log("still runs"), 100);
+      stillRuns.unref(); // The process does not wait for it.
+    `;
+    const running = spawn(["-e", script]);
+    const peer = await accepted;
+    const line = await linesOf(running.stdout).next();
+    expect(line.value).toBe("still runs");
+    peer.destroy();
+  });
+
   test("is not kept in memory once it has ended (leak)", async () => {
     const connections: WeakRef<Connection>[] = [];
     const listener = await serving((sock) => {
@@ -1693,7 +1751,7 @@ describe("connect", () => {
     expect(err).toMatch(/at connect .*\n +at .*\[eval\]:3:/);
   });
 
-  test("tries each address of a name in turn (several addresses)", async () => {
+  test("tries each address of a name in turn (several addresses, fallback)", async () => {
     const { port, accepted } = await peerServer();
     using _lookup = lookupFinds(["127.0.0.2", "127.0.0.1"]); // Nobody listens at the first.
     using dialled = spyOn(Bun, "connect");
@@ -1702,6 +1760,18 @@ describe("connect", () => {
     expect(sock.peername.host).toBe("127.0.0.1");
     const hosts = dialled.mock.calls.map(([options]) => "hostname" in options && options.hostname);
     expect(hosts).toEqual(["127.0.0.2", "127.0.0.1"]);
+  });
+
+  test("tries the next address after any error, not only after a refusal (fallback)", async () => {
+    const { port } = await peerServer();
+    using _lookup = lookupFinds(["127.0.0.2", "127.0.0.1"]);
+    using dialled = spyOn(Bun, "connect");
+    const unreachable = Object.assign(new Error("what Bun says about it"), {
+      code: "EHOSTUNREACH",
+    });
+    dialled.mockRejectedValueOnce(unreachable);
+    using sock = await connect("name.invalid", port);
+    expect(sock.peername.host).toBe("127.0.0.1");
   });
 
   test("rejects with the error of the last address of a name", async () => {
@@ -1713,7 +1783,7 @@ describe("connect", () => {
     });
   });
 
-  test("looks a name up as Python does: through the system, over IPv4", async () => {
+  test("looks a name up as Python does: through the system, over IPv4, not IPv6", async () => {
     const port = await freePort();
     using lookup = lookupFinds(["127.0.0.1"]);
     await failure(connect("name.invalid", port));
@@ -1731,6 +1801,8 @@ describe("connect", () => {
 
   const notDotted = [
     "127.1",
+    "127.0.0.1.1",
+    " ",
     "127.0.0.01",
     "0x7f.0.0.1",
     "127.0.0.256",
@@ -1739,10 +1811,11 @@ describe("connect", () => {
     "1e-7.0.0.1",
   ];
   test.each(notDotted)("lets the system resolve %p", async (host) => {
-    const { port } = await peerServer();
     using lookup = lookupFinds(["127.0.0.1"]);
-    using _sock = await connect(host, port);
+    using dialled = refuses("connect", "ECONNREFUSED");
+    await failure(connect(host, 1));
     expect(lookup.mock.calls[0]?.[0]).toBe(host);
+    expect(dialled.mock.calls[0]?.[0]).toMatchObject({ hostname: "127.0.0.1" });
   });
 
   const unknown = [
@@ -2039,6 +2112,7 @@ describe("listen", () => {
       says: "socket closed 3 bytes into a 16-byte message",
     },
     { error: new SocketError("ECONNRESET"), says: "connection reset by peer" },
+    { error: new SocketError("EBADF"), says: "the connection is closed" },
     { error: new SocketError("EHOSTUNREACH"), says: "host unreachable" },
     { error: new SocketError("EHOSTDOWN"), says: "EHOSTDOWN" },
   ];
@@ -2229,9 +2303,10 @@ describe("repr", () => {
     { text: "it's", shown: `"it's"` },
     { text: 'say "hi"', shown: `'say "hi"'` },
     { text: `it's "hi"`, shown: String.raw`'it\'s "hi"'` },
+    { text: "größer", shown: String.raw`'gr\xc3\xb6\xc3\x9fer'` },
     { text: "it's a \\ \n", shown: String.raw`"it's a \\ \n"` },
   ];
-  test.each(quoted)("quotes $text as Python does", ({ text, shown }) => {
+  test.each(quoted)("quotes a string as Python does: $shown", ({ text, shown }) => {
     expect(repr(text)).toBe(shown);
   });
 });
@@ -2562,6 +2637,20 @@ describe("the command line", () => {
     expect(await running).toMatchObject({ status: 0, err: "" });
     expect(performance.now() - start).toBeLessThan(3500); // Lingering would take 4 seconds.
   });
+
+  testOnPort(
+    "has a client that exits with 1 when its server ends the stream early (exit code)",
+    async () => {
+      const { accepted } = await peerServer(host, 1060);
+      const running = run(["tcp_local.ts", "client", `${host}`]);
+      const peer = await accepted;
+      peer.end("Farewell");
+      expect(await running).toMatchObject({
+        status: 1,
+        err: "tcp_local.ts: socket closed 8 bytes into a 16-byte message\n",
+      });
+    },
+  );
 
   test("imports no module", () => {
     // Some are missing in older versions of Bun, and each takes time.
@@ -3405,16 +3494,18 @@ function countDescriptors(pid: number): number {
  *    Everything that holds for every method in `RECEIVING_METHODS` is tested already: the
  *    arguments, the stack of an error, that the method yields, that it excludes other readers, and
  *    that `close` makes it reject. (If "refuses other readers" fails, the method may settle too
- *    late: it must return the promise of `#receive` itself, without `then` or `async`.)
+ *    late: it must return the promise of `#receive` itself, without `then` or `async`. Or it leaves
+ *    the bytes unread: see below.)
  * 6. If it has a section of its own, name the section in the list at the top of this file.
  * 7. Document it: in its own comment, in the table of `Connection`, and in the README's reference.
  *
  * Three kinds of methods need more than that:
  *
- * - A method that leaves the bytes unread. `Reader` needs a flag, which `settleReader` passes to
- *   `takeUnread` in both places. In "refuses other readers", and for its `kind` alone, receive
- *   "line\n" with one more `await sock.recv(5)`: before `second` if `isFree`, or else in the
- *   `else` branch. (Have the callback take `kind`, too.)
+ * - A method that leaves the bytes unread. `receive` needs a parameter, which it stores in `Reader`
+ *   as a flag, and `settleReader` passes the flag to `takeUnread` in both places. In "refuses other
+ *   readers", the method has left "line\n" unread. Have the callback take `kind`, too, and for this
+ *   kind alone, receive the line in two places with an `await sock.recv(5)`: just before `second`
+ *   if `isFree`, and at the start of the `else` branch.
  * - A method whose result is not the bytes. `Reader` needs a function that turns the bytes into the
  *   outcome, for the same two places.
  * - A method whose results could share memory. The model compares them as text, so the method needs
