@@ -103,8 +103,8 @@ export async function server(
   const address = new Address(listener.hostname, listener.port);
   console.log(`Listening at ${address}`);
 
-  // The first client is accepted in a later turn of the event loop. By then, `address` has its
-  // value. `sc` and `message` keep their names from the Python program.
+  // The first client is accepted in a later turn of the event loop. By then, `address` is
+  // initialized. `sc` and `message` keep their names from the Python program.
   async function serve(sc: Connection): Promise<void> {
     console.log(`We have accepted a connection from ${sc.peername}`);
     console.log(`Socket connects ${sc.sockname} and ${sc.peername}`);
@@ -129,7 +129,7 @@ export async function client(
   port: number = PORT,
   timeout: number = 60,
 ): Promise<void> {
-  using s = await connect(host, port, timeout); // Closes `s` at the end, like Python's `with`.
+  using s = await connect(host, port, timeout); // Closes `s` at the end, like `with` in Python 3.
   console.log(`Client has been assigned socket name ${s.sockname}`);
   await s.sendAll("Hi there, server");
   const reply = await recvAll(s, 16);
@@ -187,12 +187,12 @@ const REASONS: Record<string, string> = {
  * - `ECONNREFUSED`: Nothing listens at that address, or the system could not reach the host.
  * - `ECONNRESET`: The peer reset the connection.
  * - `EPIPE`: This side has called `shutdown`, an earlier `sendAll` failed and left the stream
- *   incomplete, or the peer ended its stream and then reset the connection.
+ *   incomplete, or the peer has ended its stream and then reset the connection.
  * - `EHOSTUNREACH`: The peer has vanished or can no longer be reached.
  * - `EBADF`: This side has called `close` or `abort`.
  * - `ECONNABORTED`: The connection was cut off on this side, by `stop(true)` on Bun's listener or
- *   by the system (with `ss -K`, for example). After `shutdown`, a `stop(true)` cannot be told from
- *   the end of the peer's stream: `recv` resolves to an empty buffer.
+ *   by the system (with `ss -K`, for example). After `shutdown`, a `stop(true)` looks like the end
+ *   of the peer's stream: `recv` resolves to an empty buffer.
  *
  * Other codes, such as `EADDRINUSE`, come from the system or from Bun. If `connect` or `listen`
  * fails and Bun gives no code, `code` is empty.
@@ -227,8 +227,8 @@ function toError(summary: string, cause: unknown): unknown {
  * In Bun, the stack of an error created after an `await` lists the async functions that are
  * waiting, but not a module that waits at its top level, which is where `connect` and `listen` are
  * usually called. For this reason, they create a blank error before their first `await` and fill it
- * in if they fail. An uncaught error then points to the line that called them. (It also shows the
- * right message, because Bun does not compose the text of a stack until it is first read.) The
+ * in if they fail. An uncaught error then points to the line that called them. It also shows the
+ * right message, because Bun does not compose the text of a stack until it is first read. The
  * methods of a connection do not do this: they are called too often to create an error each time.
  */
 function fillIn(blank: SocketError, error: unknown): unknown {
@@ -297,7 +297,7 @@ class Condition {
   #onTimer(): void {
     // If the process was busy, the timer may fire before Bun has read bytes that arrived in time.
     // One more turn of the event loop gives `notify` a chance to come first. A timer of 0 seconds
-    // provides that turn and, unlike `setImmediate`, can be cancelled like the first timer.
+    // provides that turn, and the `clearTimeout` that cancels the first timer can cancel it, too.
     this.#timer = setTimeout(() => this.#endWait(false), 0);
   }
 
@@ -312,8 +312,8 @@ class Condition {
 const LARGE_PIECE = 16_384;
 
 /**
- * Frees the memory of `bytes` at once instead of leaving it to the garbage collector. (Each piece
- * that Bun delivers has memory of its own.) The next piece then gets memory that is still in the
+ * Frees the memory of `bytes` at once instead of leaving it to the garbage collector. Each piece
+ * that Bun delivers has memory of its own, and the next one then gets memory that is still in the
  * processor's cache. On a server that exchanges messages of 64 KiB, this cuts processor time by a
  * tenth.
  */
@@ -338,8 +338,12 @@ class ReceiveBuffer {
 
   /** Appends `bytes`. If the buffer is empty, keeps `bytes` itself, not a copy. */
   add(bytes: Buffer): void {
-    const isEmpty = this.length === 0;
-    this.#bytes = isEmpty ? bytes : Buffer.concat([this.#bytes.subarray(this.#taken), bytes]);
+    if (this.length === 0) {
+      this.#bytes = bytes;
+    } else {
+      const rest = this.#bytes.subarray(this.#taken);
+      this.#bytes = Buffer.concat([rest, bytes]);
+    }
     this.#taken = 0;
   }
 
@@ -359,7 +363,7 @@ class ReceiveBuffer {
    * pool.)
    */
   take(maxLength: number): Buffer {
-    if (this.length === 0) return Buffer.alloc(0); // not `NO_BYTES`, which is shared
+    if (this.length === 0) return Buffer.alloc(0); // The caller could transfer `NO_BYTES` away.
     const bytes = this.#bytes;
     const isEverything = this.#taken === 0 && bytes.length <= maxLength;
     if (isEverything) {
@@ -427,31 +431,31 @@ class Lock {
 }
 
 /**
- * A call that does not have to wait returns without going back to the event loop. A loop of such
- * calls would starve every other connection. To prevent that, every 64th call yields to the event
- * loop.
+ * The promise of a call that does not have to wait settles without a turn of the event loop. A loop
+ * of such calls would starve every other connection. To prevent that, every 64th call yields to the
+ * event loop.
  */
-const CALLS_PER_TURN = 64;
-let callsLeft = CALLS_PER_TURN; // across all connections
+const CALLS_PER_YIELD = 64;
+let callsUntilYield = CALLS_PER_YIELD; // across all connections
 
 /** Counts a call. Returns whether that call must yield to the event loop. */
 function countCall(): boolean {
-  callsLeft -= 1;
-  if (callsLeft > 0) return false;
-  callsLeft = CALLS_PER_TURN;
+  callsUntilYield -= 1;
+  if (callsUntilYield > 0) return false;
+  callsUntilYield = CALLS_PER_YIELD;
   return true;
 }
 
-/** Whether the next call that is counted must yield. */
+/** Returns whether the next call that is counted must yield. */
 function mustNextCallYield(): boolean {
-  return callsLeft === 1;
+  return callsUntilYield === 1;
 }
 
 function eventLoopTurn(): Promise<void> {
   return new Promise((resolve) => setImmediate(resolve));
 }
 
-/** Counts the failed call and rejects with `error`: a loop that keeps trying must yield, too. */
+/** Counts the failed call, so that a loop of failing calls also yields. Rejects with `error`. */
 async function countAndReject(error: unknown): Promise<never> {
   const mustYield = countCall();
   if (mustYield) await eventLoopTurn();
@@ -488,9 +492,10 @@ const LINGER_TIME = 4;
  * | `close`             | rejects: `EBADF`              | rejects: `EBADF` | this side's end    |
  * | `abort`             | rejects: `EBADF`              | rejects: `EBADF` | a reset            |
  *
- * If several rows apply, `close` and `abort` come first. Otherwise, the peer's end wins for `recv`,
- * and a broken connection wins for `sendAll`. Once there is a gap, neither `shutdown` nor `close`
- * sends an end. If the peer resets the connection after its end, only `sendAll` reports it.
+ * If several rows apply, `close` and `abort` come first. Otherwise, the peer's end wins for `recv`.
+ * For `sendAll`, a broken connection wins, and then any other row that rejects. Once there is a
+ * gap, neither `shutdown` nor `close` sends an end. If the peer resets the connection after its end
+ * has arrived, only `sendAll` reports it.
  */
 export class Connection {
   /**
@@ -500,6 +505,7 @@ export class Connection {
   /** The address of the peer. Like `sockname`, it is ('0.0.0.0', 0) after an immediate reset. */
   readonly peername: Address;
 
+  /** Once Bun has closed it, its methods have no effect. */
   readonly #socket: Socket<Connection>;
   #timeout = Infinity;
   readonly #unread = new ReceiveBuffer();
@@ -568,8 +574,8 @@ export class Connection {
     this.sockname = new Address(socket.localAddress ?? "0.0.0.0", socket.localPort ?? 0);
     this.peername = new Address(socket.remoteAddress ?? "0.0.0.0", socket.remotePort ?? 0);
     // After 60 seconds of silence, the kernel sends ten probes, a second apart, to see whether the
-    // peer is still there. (Bun fixes the number of probes and the interval. The delay is in
-    // milliseconds.)
+    // peer is still there. Bun fixes the number of probes and the interval. The delay that it takes
+    // is in milliseconds.
     socket.setKeepAlive(true, 60_000);
   }
 
@@ -581,7 +587,7 @@ export class Connection {
    * `RangeError`.
    *
    * Even without a timeout, calls reject with `EHOSTUNREACH` when the peer has vanished, for
-   * example after a power failure. TCP keep-alive notices that after about 70 seconds of silence.
+   * example after a power failure. TCP keep-alive detects that after about 70 seconds of silence.
    * If data that was sent is still unacknowledged, Linux retransmits it instead of probing and
    * gives up after about 15 minutes.
    */
@@ -598,14 +604,15 @@ export class Connection {
     if (this.#hasClosed) return;
     this.#unread.add(bytes); // They need no copy: Bun does not reuse their memory.
     // Backpressure: if no `recv` is waiting, stop Bun from reading until the next one. What the
-    // peer sends in the meantime fills the kernel's buffer, and then the peer has to wait.
+    // peer sends in the meantime fills the kernel's buffer, and then the peer has to wait. While
+    // paused, Bun still reports a reset at once, but the peer's end only after `resume`.
     if (!this.#arrival.hasWaiter) this.#socket.pause();
     this.#arrival.notify();
   }
 
   #onEnd(): void {
-    // After a write has failed, Bun still delivers the bytes that arrived earlier and then calls
-    // `end`, even though the peer has not ended its stream.
+    // An `end` after a failed write says nothing about the peer: Bun delivers the bytes that had
+    // arrived earlier, and then always calls `end`.
     if (!this.#errorCode) this.#peerHasEnded = true;
     this.#arrival.notify();
   }
@@ -614,21 +621,20 @@ export class Connection {
     clearTimeout(this.#lingerTimer);
     this.#isDisconnected = true;
     const hasSentEnd = this.#hasShutDown && !this.#mustReset;
-    if (error?.code === "ETIMEDOUT") {
-      // The kernel has given up on the peer. If its code were passed on unchanged, the failure
-      // would look like the connection's own timeout and invite the caller to try again.
-      this.#fail("EHOSTUNREACH");
-    } else if (error) {
-      this.#fail(error.code ?? "ECONNABORTED");
-    } else if (hasSentEnd && !this.#errorCode) {
+    if (hasSentEnd && !error && !this.#errorCode) {
       // When both sides have ended their streams, Bun closes the socket without calling `end`
       // first. (Bun does the same after `stop(true)`, which therefore looks like the peer's end.)
       this.#peerHasEnded = true;
+    } else if (error?.code === "ETIMEDOUT") {
+      // The kernel has given up on the peer. If its code were passed on unchanged, the failure
+      // would look like the connection's own timeout and invite the caller to try again.
+      this.#fail("EHOSTUNREACH");
     } else {
-      // Something on this side, such as `stop(true)` on the listener, has closed the socket, or a
-      // write failed earlier. After a failed write, the error is already known, and `#fail` keeps
-      // it.
-      this.#fail("ECONNABORTED");
+      // If there is no error, something on this side, such as `stop(true)` on the listener, has
+      // closed the socket, or a write failed earlier. (After a failed write, the error is already
+      // known, and `#fail` keeps it.) An error without a code was never observed, but the types
+      // allow it.
+      this.#fail(error?.code ?? "ECONNABORTED");
     }
     this.#arrival.notify();
     this.#room.notify();
@@ -640,10 +646,10 @@ export class Connection {
   }
 
   /**
-   * Lets other calls receive. If this ran before the caller resumes, other code could call `recv`
-   * first and take the rest of the caller's message. For that reason, `#receive` queues it as a
-   * microtask just before its promise settles. Microtasks run in order, and this one therefore runs
-   * immediately before the caller resumes.
+   * Lets other calls receive. `#receive` queues this as a microtask just before its promise
+   * settles. Microtasks run in order: this one runs immediately before the caller resumes, and
+   * nothing runs in between. If it ran any earlier, other code could call `recv` first and take the
+   * rest of the caller's message.
    *
    * `recv` and `recvUntil` must return the promise of `#receive` itself. If they were async
    * functions, their own promises would settle a few microtasks later, and other calls could
@@ -676,10 +682,10 @@ export class Connection {
    * Check that the result ends with the delimiter. If it does not, the text is too long or was cut
    * off. Do not call again to get the rest: the limit may have fallen inside the delimiter, with
    * "\r" at the end of one result and "\n" at the start of the next. An empty result means that the
-   * stream ended after the last delimiter.
+   * stream has ended and nothing is left.
    *
    * The timeout restarts whenever bytes arrive. A call that rejects because of a timeout or a reset
-   * loses nothing: the bytes that had arrived can be received with `recv`. Choose a `maxLength` of
+   * loses nothing: the bytes that had arrived can still be received. Choose a `maxLength` of
    * kilobytes rather than megabytes, because everything received so far is copied and searched
    * again whenever more arrives.
    *
@@ -693,8 +699,8 @@ export class Connection {
   /**
    * Receives for `recv` and `recvUntil`, which return its promise itself: see `#endReceiving`.
    *
-   * `until` is an object because `recvUntil(undefined, 99)` must reject with a `TypeError`. If it
-   * were the delimiter itself, such a call would be an ordinary `recv`.
+   * `until` is absent for `recv`. It wraps the delimiter in an object so that a call such as
+   * `recvUntil(undefined, 99)` is not mistaken for a `recv`, but rejects with a `TypeError`.
    */
   async #receive(maxLength: number, until?: { delimiter: string | Uint8Array }): Promise<Buffer> {
     if (!Number.isInteger(maxLength) || maxLength < 1) {
@@ -785,8 +791,8 @@ export class Connection {
    *
    * - Part of its data was sent.
    * - None of its data was sent, but other calls are queued behind it. If those still sent their
-   *   data, the peer could not tell that something is missing ahead of it. (After `shutdown` or
-   *   `close`, they send nothing, and there is no gap.)
+   *   data, the peer could not tell that something is missing ahead of it. After `shutdown` or
+   *   `close`, they send nothing, and there is no gap.
    *
    * Once there is a gap, the queued calls and all later ones reject (with `EPIPE`, unless the
    * connection has broken or been closed as well), and `close` resets the connection, so that the
@@ -805,9 +811,9 @@ export class Connection {
     // hand.
     try {
       const bytes = bytesOf(data);
-      // Keep the original length. If the buffer is transferred to a worker in the meantime, its
-      // length becomes 0, and everything would seem to have been sent. With the original length,
-      // `write` throws, and the call rejects.
+      // Keep the original length. If the caller transfers the buffer to a worker while `#sendRest`
+      // waits, `bytes.length` becomes 0, and everything would seem to have been sent. With the
+      // original length, `write` throws, and the call rejects.
       const length = bytes.length;
       if (this.#sendLock.isHeld) return this.#sendRest(bytes, 0, length);
       const sent = this.#write(bytes, 0, length);
@@ -823,16 +829,17 @@ export class Connection {
   /** The part of `sendAll` that waits. Of `length` bytes, the first `sent` have been sent. */
   async #sendRest(bytes: Uint8Array, sent: number, length: number): Promise<void> {
     const timeout = this.#timeout;
-    const queued = this.#sendLock.acquire();
-    if (queued) {
-      await queued;
+    const turn = this.#sendLock.acquire();
+    const wasQueued = turn !== undefined;
+    if (wasQueued) {
+      await turn;
       // Without this, a long queue would be sent in a single turn of the event loop.
       const mustYield = countCall();
       if (mustYield) await eventLoopTurn();
     }
     try {
       // A call that was queued makes its first attempt here. Any other has made it in `sendAll`.
-      if (queued) sent += this.#write(bytes, sent, length - sent);
+      if (wasQueued) sent += this.#write(bytes, sent, length - sent);
       while (sent < length) {
         this.#isPartway = sent > 0;
         const isNotified = await this.#room.wait(timeout);
@@ -843,8 +850,8 @@ export class Connection {
         sent += accepted;
       }
     } catch (error) {
-      // If the queued calls still sent their data, the peer could not tell that the data of this
-      // call is missing. (After `shutdown`, they send nothing.)
+      // If the queued calls still sent their data, the peer could not tell that this call's data is
+      // missing. After `shutdown`, they send nothing. (`#isPartway` is as the last wait left it.)
       const othersFollow = this.#sendLock.hasWaiters && !this.#hasShutDown;
       if (this.#isPartway || othersFollow) this.#hasGap = true;
       throw error;
@@ -875,9 +882,9 @@ export class Connection {
    * receives everything that was sent, and then the end of the stream. This side can still receive.
    * A `sendAll` that is still waiting, or that is called later, rejects with `EPIPE`.
    *
-   * If the stream has a gap (see `sendAll`), or if `shutdown` interrupts a `sendAll` partway, the
-   * peer sees no end. Instead, it sees a reset when the connection is closed. Calling `shutdown`
-   * again, or after `close`, has no effect.
+   * If the stream has a gap (see `sendAll`), or if `shutdown` interrupts a `sendAll` that has sent
+   * part of its data, the peer sees no end. Instead, it sees a reset when the connection is closed.
+   * Calling `shutdown` again, or after `close`, has no effect.
    */
   shutdown(): void {
     if (this.#hasShutDown) return;
@@ -888,17 +895,18 @@ export class Connection {
 
   /**
    * Closes the connection. The peer receives everything that was sent, and then the end of the
-   * stream. If the stream has a gap (see `sendAll`), or if `close` interrupts a `sendAll` partway,
-   * the peer sees a reset instead. Bytes not yet received are discarded, and calls that are still
-   * waiting reject with `EBADF`. Closing again has no effect.
+   * stream. If the stream has a gap (see `sendAll`), or if `close` interrupts a `sendAll` that has
+   * sent part of its data, the peer sees a reset instead. Bytes not yet received are discarded, and
+   * calls that are still waiting reject with `EBADF`. Closing again has no effect.
    *
    * The socket then lingers: it stays open and discards what arrives until the peer has ended its
-   * stream, too. This has nothing to do with `SO_LINGER`. If the socket were closed while the peer
-   * was still sending, the kernel would reset the connection, and data on its way to the peer would
-   * be lost. After 4 seconds, the socket is closed even if the peer has not ended its stream, and a
-   * peer that sends anything after that sees a reset. Those 4 seconds are meant to be long enough
-   * for a peer that is still sending to read this side's reply, and short enough that silent peers
-   * do not pile up. A lingering connection keeps the process alive.
+   * stream as well. This has nothing to do with `SO_LINGER`. If the socket were closed while the
+   * peer was still sending, the kernel would reset the connection, and data on its way to the peer
+   * would be lost. After 4 seconds, the socket is closed even if the peer has not ended its stream,
+   * and a peer that sends anything after that sees a reset and may lose what it has not yet read.
+   * Those 4 seconds are meant to be long enough for a peer that is still sending to read this
+   * side's reply, and short enough that silent peers do not pile up. A lingering connection keeps
+   * the process alive.
    */
   close(): void {
     if (this.#hasClosed) return;
@@ -919,9 +927,9 @@ export class Connection {
 
   /**
    * Closes the connection immediately, with a reset, which tells the peer that the stream is
-   * incomplete. Data on its way to the peer is lost, and calls that are still waiting reject with
-   * `EBADF`. After `close`, `abort` ends a connection that is still lingering. (An end that the
-   * peer has already seen cannot be taken back.)
+   * incomplete. Data on its way to the peer may be lost, and calls that are still waiting reject
+   * with `EBADF`. After `close`, `abort` ends a connection that is still lingering, but an end that
+   * the peer has already seen cannot be taken back.
    */
   abort(): void {
     this.#hasAborted = true; // so that `close` resets the connection
@@ -968,7 +976,7 @@ export async function connect(
   // wait, because `then` never calls it synchronously.)
   const settled = new Condition();
   const notify = () => settled.notify();
-  // Handle a rejection, too: after the timeout, it would otherwise be reported as unhandled.
+  // Handle a rejection as well: after the timeout, it would otherwise be reported as unhandled.
   connecting.then(notify, notify);
   try {
     const isInTime = await settled.wait(timeout);
@@ -983,7 +991,10 @@ export async function connect(
   }
 }
 
-/** Tries the addresses of `host` in turn until one accepts or `signal` is aborted. */
+/**
+ * Tries the addresses of `host` in turn until one accepts or `signal` is aborted. `timeout` becomes
+ * the connection's timeout. It does not limit the attempts.
+ */
 async function dial(
   host: string,
   port: number,
@@ -1100,13 +1111,16 @@ async function lookUp(host: string): Promise<[string, ...string[]]> {
     throw toError(summary, error);
   }
   const [first, ...others] = found.map((entry) => entry.address);
-  if (first === undefined) throw toError(summary, new SocketError("DNS_ENOTFOUND"));
+  if (first === undefined) {
+    const reason = REASONS["DNS_ENOTFOUND"];
+    throw new SocketError("DNS_ENOTFOUND", `${summary}: ${reason}`);
+  }
   return [first, ...others]; // The type says that there is at least one.
 }
 
 /**
- * Whether `host` is four decimal numbers from 0 to 255, which need no lookup. (`node:net` has an
- * `isIPv4`, but loading that module takes longer than the whole exchange.)
+ * Returns whether `host` is four decimal numbers from 0 to 255, which need no lookup. `node:net`
+ * has an `isIPv4`, but loading that module takes longer than the whole exchange.
  */
 function isIPv4(host: string): boolean {
   const parts = host.split(".");
@@ -1137,6 +1151,6 @@ export function repr(bytes: string | Uint8Array): string {
   return quote + shown + quote;
 }
 
-// `process.exit` does not wait for a connection that lingers. By then, the client has its reply.
+// `process.exit` does not wait for a connection that lingers: the client already has its reply.
 // With an `await` here, programs that import this file could not be built with `--format=cjs`.
 if (import.meta.main) void main(process.argv.slice(2)).then(process.exit);
