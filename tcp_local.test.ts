@@ -156,14 +156,21 @@ describe("recvAll", () => {
     expect(message.buffer.byteLength).toBe(5);
   });
 
-  test("calls a recv that was replaced on the connection (spies, byte counters)", async () => {
-    const { sock, peer } = await pair();
-    peer.write("hello!");
-    await sock.recv(1); // The rest has arrived, too.
-    using spy = spyOn(sock, "recv");
-    await recvAll(sock, 5);
-    expect(spy.mock.calls).toEqual([[5]]);
-  });
+  const replacements = [
+    { where: "on the connection", spyOnRecv: (sock: Connection) => spyOn(sock, "recv") },
+    { where: "for all connections", spyOnRecv: () => spyOn(Connection.prototype, "recv") },
+  ];
+  test.each(replacements)(
+    "calls a recv that was replaced $where (spies, byte counters)",
+    async ({ spyOnRecv }) => {
+      const { sock, peer } = await pair();
+      peer.write("hello!");
+      await sock.recv(1); // The rest has arrived, too.
+      using spy = spyOnRecv(sock);
+      await recvAll(sock, 5);
+      expect(spy.mock.calls).toEqual([[5]]);
+    },
+  );
 
   test("reads nothing for a length of 0", async () => {
     const sock = scripted([MESSAGE]);
@@ -854,6 +861,19 @@ describe("sendAll", () => {
     expect(await receivedBy(peer)).toEqual(Buffer.alloc(10));
   });
 
+  const views = [
+    { kind: "a Uint8Array", viewOf: (buffer: ArrayBuffer) => new Uint8Array(buffer) },
+    { kind: "a DataView", viewOf: (buffer: ArrayBuffer) => new DataView(buffer) },
+    { kind: "an ArrayBuffer", viewOf: (buffer: ArrayBuffer) => buffer },
+  ];
+  test.each(views)("rejects $kind whose buffer was transferred before the call", async (row) => {
+    const { sock } = await pair();
+    const buffer = new ArrayBuffer(10);
+    const data = row.viewOf(buffer);
+    structuredClone(buffer, { transfer: [buffer] });
+    expect(await failure(sock.sendAll(data))).toBeInstanceOf(TypeError);
+  });
+
   test("rejects if its buffer is transferred while it is being sent", async () => {
     const { sock, peer, room } = await pairWithRoom();
     const data = new ArrayBuffer(10);
@@ -1460,6 +1480,7 @@ describe("a busy connection", () => {
   });
   const kinds = [
     ...receiving,
+    { kind: "recvAll of 0 bytes", call: (sock: Connection) => recvAll(sock, 0) },
     { kind: "sendAll", call: (sock: Connection) => sock.sendAll("x") },
     { kind: "recv that rejects", call: (sock: Connection) => failure(sock.recv(1)) },
     { kind: "sendAll that rejects", call: (sock: Connection) => failure(sock.sendAll("x")) },

@@ -13,7 +13,7 @@
  *
  * The rest of this file, below the program, provides the socket that such a loop needs: a
  * `Connection`, whose `recv` can be awaited. What the comments say about Bun was observed in Bun
- * 1.4.5 on Linux.
+ * 1.4.5 on Linux. Bun 1.4.0 and older versions can lose what arrived just before a reset.
  */
 import type { Socket, SocketHandler, TCPSocketListener } from "bun";
 
@@ -44,7 +44,7 @@ export function recvAll(
   sock: { recv(maxLength: number): Promise<Uint8Array> },
   length: number,
 ): Promise<Buffer> {
-  if (sock instanceof Connection) {
+  if (sock instanceof Connection && sock.recv === ORIGINAL_RECV) {
     // For speed, a message that has arrived in full is taken in one step, without the loop.
     const whole = sock.tryRecvAll(length);
     if (whole !== undefined) return Promise.resolve(whole);
@@ -59,6 +59,11 @@ async function recvInPieces(
 ): Promise<Buffer> {
   if (!Number.isInteger(length) || length < 0) {
     throw new RangeError(`length must be a non-negative integer, not ${length}`);
+  }
+  if (length === 0) {
+    // A loop of calls that receive nothing must yield to the event loop, too.
+    const mustYield = countCall();
+    if (mustYield) await eventLoopTurn();
   }
   const data = Buffer.alloc(length);
   let received = 0;
@@ -647,9 +652,9 @@ export class Connection {
 
   /**
    * Lets other calls receive. `#receive` queues this as a microtask just before its promise
-   * settles. Microtasks run in order: this one runs immediately before the caller resumes, and
-   * nothing runs in between. If it ran any earlier, other code could call `recv` first and take the
-   * rest of the caller's message.
+   * settles. Microtasks run in order: this one runs immediately before a caller that awaits the
+   * promise resumes, and nothing runs in between. If it ran any earlier, other code could call
+   * `recv` first and take the rest of the caller's message.
    *
    * `recv` and `recvUntil` must return the promise of `#receive` itself. If they were async
    * functions, their own promises would settle a few microtasks later, and other calls could
@@ -743,8 +748,6 @@ export class Connection {
    * returns undefined and takes nothing.
    */
   tryRecvAll(length: number): Buffer | undefined {
-    // A program may have replaced `recv`, for example to count bytes.
-    if (this.recv !== Connection.prototype.recv) return undefined;
     const hasArrived = Number.isInteger(length) && length > 0 && length <= this.#unread.length;
     if (!hasArrived || this.#isReceiving || mustNextCallYield()) return undefined;
     countCall();
@@ -942,9 +945,16 @@ export class Connection {
   }
 }
 
+/**
+ * The `recv` of this file. If a program has replaced it, for example to count bytes, `recvAll`
+ * calls the replacement.
+ */
+const ORIGINAL_RECV = Connection.prototype.recv;
+
 function bytesOf(data: string | NodeJS.ArrayBufferView | ArrayBufferLike): Uint8Array {
   if (typeof data === "string") return Buffer.from(data);
-  if (data instanceof Uint8Array) return data;
+  // If it is empty, its buffer may have been transferred away, and the last line throws.
+  if (data instanceof Uint8Array && data.length > 0) return data;
   if (data instanceof ArrayBuffer || data instanceof SharedArrayBuffer) return new Uint8Array(data);
   if (!ArrayBuffer.isView(data)) throw new TypeError(`expected a string or bytes, not ${data}`);
   return new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
