@@ -953,7 +953,8 @@ const ORIGINAL_RECV = Connection.prototype.recv;
 
 function bytesOf(data: string | NodeJS.ArrayBufferView | ArrayBufferLike): Uint8Array {
   if (typeof data === "string") return Buffer.from(data);
-  // If it is empty, its buffer may have been transferred away, and the last line throws.
+  // These are bytes already, and another view of them would only cost time. If there are none, the
+  // buffer may have been transferred away, and the last line then throws.
   if (data instanceof Uint8Array && data.length > 0) return data;
   if (data instanceof ArrayBuffer || data instanceof SharedArrayBuffer) return new Uint8Array(data);
   if (!ArrayBuffer.isView(data)) throw new TypeError(`expected a string or bytes, not ${data}`);
