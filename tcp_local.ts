@@ -31,8 +31,8 @@ export const PORT = 1060;
  *
  * Rejects with an `EOFError` if the stream ends first, and with `recv`'s own error if `recv`
  * rejects. After an `EOFError` or an error from `recv`, even a timeout, close the connection: the
- * part of the message that has arrived can no longer be received. There is one exception: a
- * `Connection` that refuses the call because another call is receiving has lost nothing.
+ * part of the message that has arrived can no longer be received. There is one exception: if a
+ * `Connection` refuses the call because another call is receiving, nothing is lost.
  *
  * Rejects with a `RangeError` if `length` is not a non-negative integer, and with a `TypeError` if
  * `recv` resolves to anything but bytes.
@@ -108,8 +108,8 @@ export async function server(
   const address = new Address(listener.hostname, listener.port);
   console.log(`Listening at ${address}`);
 
-  // The first client is accepted in a later turn of the event loop. By then, `address` is
-  // initialized. `sc` and `message` keep their names from the Python program.
+  // `sc` and `message` keep their names from the Python program. When this first runs, `address`
+  // has been initialized, because clients are accepted in a later turn of the event loop.
   async function serve(sc: Connection): Promise<void> {
     console.log(`We have accepted a connection from ${sc.peername}`);
     console.log(`Socket connects ${sc.sockname} and ${sc.peername}`);
@@ -192,12 +192,12 @@ const REASONS: Record<string, string> = {
  * - `ECONNREFUSED`: Nothing listens at that address, or the system could not reach the host.
  * - `ECONNRESET`: The peer reset the connection.
  * - `EPIPE`: This side has called `shutdown`, an earlier `sendAll` failed and left the stream
- *   incomplete, or the peer has ended its stream and then reset the connection.
+ *   incomplete, or the peer reset the connection after the end of its stream had arrived.
  * - `EHOSTUNREACH`: The peer has vanished or can no longer be reached.
  * - `EBADF`: This side has called `close` or `abort`.
  * - `ECONNABORTED`: The connection was cut off on this side, by `stop(true)` on Bun's listener or
- *   by the system (with `ss -K`, for example). After `shutdown`, a `stop(true)` looks like the end
- *   of the peer's stream: `recv` resolves to an empty buffer.
+ *   by the system (with `ss -K`, for example). After `shutdown`, `stop(true)` causes no error:
+ *   `recv` resolves to an empty buffer, as at the end of the peer's stream.
  *
  * Other codes, such as `EADDRINUSE`, come from the system or from Bun. If `connect` or `listen`
  * fails and Bun gives no code, `code` is empty.
@@ -302,7 +302,7 @@ class Condition {
   #onTimer(): void {
     // If the process was busy, the timer may fire before Bun has read bytes that arrived in time.
     // One more turn of the event loop gives `notify` a chance to come first. A timer of 0 seconds
-    // provides that turn, and the `clearTimeout` that cancels the first timer can cancel it, too.
+    // provides that turn. It replaces the first timer in `#timer`, where `#endWait` cancels it.
     this.#timer = setTimeout(() => this.#endWait(false), 0);
   }
 
@@ -318,9 +318,9 @@ const LARGE_PIECE = 16_384;
 
 /**
  * Frees the memory of `bytes` at once instead of leaving it to the garbage collector. Each piece
- * that Bun delivers has memory of its own, and the next one then gets memory that is still in the
- * processor's cache. On a server that exchanges messages of 64 KiB, this cuts processor time by a
- * tenth.
+ * that Bun delivers has memory of its own. What is freed at once goes to the next piece, while it
+ * is still in the processor's cache. On a server that exchanges messages of 64 KiB, this cuts
+ * processor time by a tenth.
  */
 function free(bytes: Buffer): void {
   const buffer = bytes.buffer;
@@ -489,7 +489,7 @@ const LINGER_TIME = 4;
  *
  * | after               | `recv`                        | `sendAll`        | the peer sees      |
  * | ------------------- | ----------------------------- | ---------------- | ------------------ |
- * | the peer's end      | gives the rest, then is empty | sends            | no change          |
+ * | the peer's end      | gives the rest, then no bytes | sends            | no change          |
  * | a broken connection | gives the rest, then rejects  | rejects          | (depends on error) |
  * | a timeout, no gap   | receives                      | sends            | no change          |
  * | a gap               | receives                      | rejects: `EPIPE` | a reset at `close` |
@@ -497,10 +497,10 @@ const LINGER_TIME = 4;
  * | `close`             | rejects: `EBADF`              | rejects: `EBADF` | this side's end    |
  * | `abort`             | rejects: `EBADF`              | rejects: `EBADF` | a reset            |
  *
- * If several rows apply, `close` and `abort` come first. Otherwise, the peer's end wins for `recv`.
- * For `sendAll`, a broken connection wins, and then any other row that rejects. Once there is a
- * gap, neither `shutdown` nor `close` sends an end. If the peer resets the connection after its end
- * has arrived, only `sendAll` reports it.
+ * If several rows apply, `close` and `abort` take precedence. For `recv`, the peer's end comes
+ * next. For `sendAll`, a broken connection comes next, and then the rows that reject with `EPIPE`.
+ * Once there is a gap, neither `shutdown` nor `close` sends an end. If the peer resets the
+ * connection after its end has arrived, only `sendAll` reports it.
  */
 export class Connection {
   /**
@@ -536,7 +536,7 @@ export class Connection {
    * Whether Bun has closed the socket. If so, the peer's stream has ended, or there is an error
    * code.
    */
-  #isDisconnected = false;
+  #socketHasClosed = false;
   /**
    * Notified when a waiting `recv` must check again: bytes, the end of the stream or an error has
    * arrived, or this side has closed the connection.
@@ -544,7 +544,7 @@ export class Connection {
   readonly #arrival = new Condition();
   /**
    * Notified when a waiting `sendAll` must check again: the kernel has room, there is an error, or
-   * this side has called `shutdown` or `close`.
+   * this side has called `shutdown`, `close` or `abort`.
    */
   readonly #room = new Condition();
   #lingerTimer: ReturnType<typeof setTimeout> | undefined;
@@ -610,7 +610,8 @@ export class Connection {
     this.#unread.add(bytes); // They need no copy: Bun does not reuse their memory.
     // Backpressure: if no `recv` is waiting, stop Bun from reading until the next one. What the
     // peer sends in the meantime fills the kernel's buffer, and then the peer has to wait. While
-    // paused, Bun still reports a reset at once, but the peer's end only after `resume`.
+    // paused, Bun still reports a reset at once, and first delivers what the kernel holds. It
+    // reports the peer's end only after `resume`.
     if (!this.#arrival.hasWaiter) this.#socket.pause();
     this.#arrival.notify();
   }
@@ -624,7 +625,7 @@ export class Connection {
 
   #onClose(error?: NodeJS.ErrnoException): void {
     clearTimeout(this.#lingerTimer);
-    this.#isDisconnected = true;
+    this.#socketHasClosed = true;
     const hasSentEnd = this.#hasShutDown && !this.#mustReset;
     if (hasSentEnd && !error && !this.#errorCode) {
       // When both sides have ended their streams, Bun closes the socket without calling `end`
@@ -635,10 +636,9 @@ export class Connection {
       // would look like the connection's own timeout and invite the caller to try again.
       this.#fail("EHOSTUNREACH");
     } else {
-      // If there is no error, something on this side, such as `stop(true)` on the listener, has
-      // closed the socket, or a write failed earlier. (After a failed write, the error is already
-      // known, and `#fail` keeps it.) An error without a code was never observed, but the types
-      // allow it.
+      // If there is no `error`, either a write failed earlier, and `#fail` keeps the code of that,
+      // or something on this side has closed the socket, such as `stop(true)` on the listener. (An
+      // `error` without a code was never observed, but the types allow it.)
       this.#fail(error?.code ?? "ECONNABORTED");
     }
     this.#arrival.notify();
@@ -671,8 +671,8 @@ export class Connection {
    * If the connection breaks before the end of the stream, bytes that had already arrived can still
    * be received. After that, `recv` rejects. A timeout loses nothing: `recv` may be called again.
    *
-   * Only one call may receive at a time. A second one rejects with an `Error` and leaves the first
-   * undisturbed. Rejects with a `RangeError` if `maxLength` is not a positive integer.
+   * Only one call may receive at a time. A second one rejects with a plain `Error` and leaves the
+   * first undisturbed. Rejects with a `RangeError` if `maxLength` is not a positive integer.
    */
   recv(maxLength: number): Promise<Buffer> {
     return this.#receive(maxLength);
@@ -690,9 +690,9 @@ export class Connection {
    * stream has ended and nothing is left.
    *
    * The timeout restarts whenever bytes arrive. A call that rejects because of a timeout or a reset
-   * loses nothing: the bytes that had arrived can still be received. Choose a `maxLength` of
-   * kilobytes rather than megabytes, because everything received so far is copied and searched
-   * again whenever more arrives.
+   * loses nothing. After a timeout, call again. After a reset, `recv` still gives the bytes that
+   * had arrived. Choose a `maxLength` of kilobytes rather than megabytes, because everything
+   * received so far is copied and searched again whenever more arrives.
    *
    * Rejects with a `RangeError` if `delimiter` is empty or `maxLength` is not a positive integer,
    * and with a `TypeError` if `delimiter` is neither a string nor bytes.
@@ -725,7 +725,7 @@ export class Connection {
         if (this.#hasClosed) throw new SocketError("EBADF");
         if (this.#peerHasEnded) return this.#unread.take(maxLength); // what is left, if anything
         // An error alone is no reason to give up: after a failed write, bytes may still arrive.
-        if (this.#isDisconnected) throw new SocketError(this.#errorCode);
+        if (this.#socketHasClosed) throw new SocketError(this.#errorCode);
         // The few bytes that a `recvUntil` already has must not keep a large piece in memory.
         this.#unread.compact();
         // No handler can run between the checks above and this wait, so no `notify` is missed.
@@ -744,7 +744,7 @@ export class Connection {
 
   /**
    * Internal: the part of `recvAll` that does not wait. If `length` bytes have arrived, returns
-   * them in a buffer of their own. Otherwise, or if the call would have to reject or to yield,
+   * them in a buffer of their own. Otherwise, or if the call would have to reject or yield,
    * returns undefined and takes nothing.
    */
   tryRecvAll(length: number): Buffer | undefined {
@@ -793,8 +793,8 @@ export class Connection {
    * A call that fails leaves a gap in the stream in two cases:
    *
    * - Part of its data was sent.
-   * - None of its data was sent, but other calls are queued behind it. If those still sent their
-   *   data, the peer could not tell that something is missing ahead of it. After `shutdown` or
+   * - None of its data was sent, but other calls are queued behind it. If those went on to send
+   *   theirs, the peer could not tell that something is missing before it. After `shutdown` or
    *   `close`, they send nothing, and there is no gap.
    *
    * Once there is a gap, the queued calls and all later ones reject (with `EPIPE`, unless the
@@ -832,10 +832,10 @@ export class Connection {
   /** The part of `sendAll` that waits. Of `length` bytes, the first `sent` have been sent. */
   async #sendRest(bytes: Uint8Array, sent: number, length: number): Promise<void> {
     const timeout = this.#timeout;
-    const turn = this.#sendLock.acquire();
-    const wasQueued = turn !== undefined;
+    const acquired = this.#sendLock.acquire();
+    const wasQueued = acquired !== undefined;
     if (wasQueued) {
-      await turn;
+      await acquired;
       // Without this, a long queue would be sent in a single turn of the event loop.
       const mustYield = countCall();
       if (mustYield) await eventLoopTurn();
@@ -853,7 +853,7 @@ export class Connection {
         sent += accepted;
       }
     } catch (error) {
-      // If the queued calls still sent their data, the peer could not tell that this call's data is
+      // If the queued calls went on to send their data, the peer could not tell that this call's is
       // missing. After `shutdown`, they send nothing. (`#isPartway` is as the last wait left it.)
       const othersFollow = this.#sendLock.hasWaiters && !this.#hasShutDown;
       if (this.#isPartway || othersFollow) this.#hasGap = true;
@@ -872,8 +872,8 @@ export class Connection {
     if (this.#hasGap) throw new SocketError("EPIPE", "an earlier sendAll failed");
     const accepted = this.#socket.write(bytes, start, count);
     if (accepted < 0) {
-      // The peer has reset the connection. Bun does not pass on the kernel's code, which depends on
-      // whether the peer had already ended its stream.
+      // The peer has reset the connection. Bun does not pass on the kernel's code, which is
+      // `EPIPE` if the peer had already ended its stream.
       this.#fail(this.#peerHasEnded ? "EPIPE" : "ECONNRESET");
       throw new SocketError(this.#errorCode);
     }
@@ -903,13 +903,13 @@ export class Connection {
    * calls that are still waiting reject with `EBADF`. Closing again has no effect.
    *
    * The socket then lingers: it stays open and discards what arrives until the peer has ended its
-   * stream as well. This has nothing to do with `SO_LINGER`. If the socket were closed while the
-   * peer was still sending, the kernel would reset the connection, and data on its way to the peer
-   * would be lost. After 4 seconds, the socket is closed even if the peer has not ended its stream,
-   * and a peer that sends anything after that sees a reset and may lose what it has not yet read.
-   * Those 4 seconds are meant to be long enough for a peer that is still sending to read this
-   * side's reply, and short enough that silent peers do not pile up. A lingering connection keeps
-   * the process alive.
+   * stream as well. If the socket were closed while the peer was still sending, the kernel would
+   * reset the connection, and data on its way to the peer would be lost. After 4 seconds, the
+   * socket is closed even if the peer has not ended its stream, and a peer that sends anything
+   * after that sees a reset and may lose what it has not yet read. Those 4 seconds are meant to be
+   * long enough for a peer that is still sending to read this side's reply, and short enough that
+   * silent peers do not pile up. A lingering connection keeps the process alive. (All this has
+   * nothing to do with `SO_LINGER`.)
    */
   close(): void {
     if (this.#hasClosed) return;
@@ -1046,9 +1046,9 @@ async function dial(
  * with its stack.
  *
  * Even if `serve` throws, the connection is closed with `close`, not with `abort`, because `serve`
- * may have sent a last message about the error. A client may therefore mistake a truncated reply
- * for a complete one. If that matters, catch the error in `serve`, call `abort` and throw the error
- * again.
+ * may have sent a last message about the error. If `serve` throws between two calls of `sendAll`, a
+ * client may therefore mistake a truncated reply for a complete one. If that matters, catch the
+ * error in `serve`, call `abort` and throw the error again.
  *
  * Resolves to Bun's listener. If `port` is 0, the system picks a port, and the listener's `port`
  * says which. After `stop()`, the listener accepts no more clients. `stop(true)` also cuts off the
@@ -1162,6 +1162,6 @@ export function repr(bytes: string | Uint8Array): string {
   return quote + shown + quote;
 }
 
-// `process.exit` does not wait for a connection that lingers: the client already has its reply.
+// `process.exit` does not wait for a connection that lingers. (The client has its reply by then.)
 // With an `await` here, programs that import this file could not be built with `--format=cjs`.
 if (import.meta.main) void main(process.argv.slice(2)).then(process.exit);
