@@ -733,7 +733,11 @@ describe("sendAll", () => {
   const shared = new SharedArrayBuffer(2);
   new Uint8Array(shared).set([7, 8]);
   const payloads = [
-    { kind: "a string as UTF-8 (Unicode, emoji)", data: "größer", sent: Buffer.from("größer") },
+    {
+      kind: "a string as UTF-8 (Unicode, emoji)",
+      data: "größer 🙂",
+      sent: Buffer.from("6772c3b6c39f657220f09f9982", "hex"),
+    },
     { kind: "nothing for an empty string", data: "", sent: Buffer.alloc(0) },
     { kind: "an ArrayBuffer", data: bytes.buffer, sent: Buffer.from(bytes) },
     { kind: "a SharedArrayBuffer", data: shared, sent: Buffer.of(7, 8) },
